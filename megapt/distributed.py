@@ -1,0 +1,49 @@
+"""The one place where a process joins the others: device, backend, process group."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megapt.launcher import RankEnvironment, rank_environment
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def device_of(environment: RankEnvironment) -> torch.device:
+    """The GPU with this rank's number on its node, or the CPU where there are none (or `DS_ACCELERATOR=cpu`)."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return torch.device("cuda", environment.local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def join(environment: RankEnvironment | None = None) -> tuple[RankEnvironment, torch.device]:
+    """Join the process group that the launcher's variables describe; a world of one needs none.
+
+    Returns this rank's place and its device. NCCL on GPUs, gloo on CPUs.
+    """
+    environment = environment or rank_environment(dict(os.environ))
+    device = device_of(environment)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if environment.world > 1:
+        address = f"tcp://{environment.master_addr}:{environment.master_port}"
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=address,
+            rank=environment.rank,
+            world_size=environment.world,
+            timeout=TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    return environment, device
+
+
+def leave() -> None:
+    """Leave after everybody has arrived here."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,84 @@
+"""The mesh: which rank stands where on the axes pp, dp, tp, and the process groups along them.
+
+Ranks are laid out with tp innermost, so that tensor-parallel peers are neighbours inside a node, then dp, then pp:
+rank = (pp_rank * dp + dp_rank) * tp + tp_rank. The mesh is passed explicitly; there are no globals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megapt.errors import UserError
+
+
+# torch 2.13 renamed these two collectives and warns at the old names; torch 2.11 has only those.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis as seen by this rank: its coordinate, the axis' size, its process group (None in a world of one)."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """In place; nothing to do on an axis of one."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+    def global_rank(self, rank: int) -> int:
+        """The world rank of the member with coordinate `rank`."""
+        if self.group is None:
+            return 0
+        return dist.get_global_rank(self.group, rank)
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """Axes of the cluster. `model` is pp x tp: the ranks that together hold one replica of the model."""
+
+    pp: Axis
+    dp: Axis
+    tp: Axis
+    model: Axis
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def create(cls, pipeline: int, data: int, tensor: int, device: torch.device) -> ParallelMesh:
+        """Collective over the world (none is needed for a world of one).
+
+        Raises UserError unless pipeline x data x tensor is the world size.
+        """
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if pipeline * data * tensor != world:
+            raise UserError(f"pipeline x data x tensor = {pipeline} x {data} x {tensor} is not the world of {world} ranks")
+        if world == 1:
+            one = Axis(0, 1, None)
+            return cls(one, one, one, one, 0, 1, device)
+        mesh = init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=("pp", "dp", "tp"))
+        model = mesh["pp", "tp"]._flatten("model")
+        axes = [_axis(mesh[name]) for name in ("pp", "dp", "tp")]
+        return cls(*axes, _axis(model), dist.get_rank(), world, device)
+
+    @property
+    def coordinates(self) -> tuple[int, int, int]:
+        return self.pp.rank, self.dp.rank, self.tp.rank
+
+    def describe(self, rank: int) -> str:
+        """A rank's place in words, for messages."""
+        pp, rest = divmod(rank, self.dp.size * self.tp.size)
+        return f"rank {rank} (pp {pp}, dp {rest // self.tp.size}, tp {rest % self.tp.size})"
+
+
+def _axis(mesh: DeviceMesh) -> Axis:
+    return Axis(mesh.get_local_rank(), mesh.size(), mesh.get_group())

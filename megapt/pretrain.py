@@ -1,0 +1,412 @@
+"""Pretraining: from a config file to checkpoints, on one rank or thousands. The loop reads top to bottom."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megapt.config import Config, Loaded, check_world, dump, load
+from megapt.data.batches import BatchSchedule
+from megapt.data.dataset import TokenDataset
+from megapt.data.receipt import Receipt
+from megapt.errors import UserError
+from megapt.launcher import RankEnvironment, rank_environment
+from megapt.lr import LearningRate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megapt.engine import Engine
+
+CHECKPOINTS = "checkpoints"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as this rank. Exit status 0 when the run ended, or was stopped and saved.
+
+    Everything that can be refused without the other ranks is refused before a process group exists.
+    """
+    environment = rank_environment(dict(os.environ))
+    try:
+        loaded = _parse(arguments)
+        check_world(loaded.config, environment.world)
+        plan = RunPlan.of(loaded.config)
+    except UserError:
+        if environment.local_rank == 0:
+            raise
+        time.sleep(10)  # the same on every rank of this machine: one of them says it, and the launcher ends the rest
+        return 2
+    return _join_and_train(loaded, plan, environment)
+
+
+def _parse(arguments: Sequence[str]) -> Loaded:
+    parser = argparse.ArgumentParser(prog="launch/pretrain.sh", allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher; LOCAL_RANK counts")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    options = parser.parse_intermixed_args(list(arguments))
+    return load(options.config, options.overrides)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a config means in steps and samples, before any rank meets another."""
+
+    train: TokenDataset
+    valid: TokenDataset | None
+    batches: BatchSchedule
+    steps: int
+    lr: LearningRate
+
+    @classmethod
+    def of(cls, config: Config) -> RunPlan:
+        data, batch, optimizer = config.data, config.batch, config.optimizer
+        split = data.split if data.valid is None else "1,0,0"
+        train = TokenDataset(data.train, "train", split, batch.sequence, config.seed)
+        valid = None
+        if config.train.validate_samples:
+            prefix, split = (data.train, data.split) if data.valid is None else (data.valid, "0,1,0")
+            valid = TokenDataset(prefix, "valid", split, batch.sequence, config.seed)
+            if valid.num_samples_per_epoch < batch.global_samples:
+                raise UserError(
+                    f"the validation set {valid.name} has {valid.num_samples_per_epoch} samples of {batch.sequence} "
+                    f"tokens, less than one global batch of {batch.global_samples}; give it more data (data.split), or "
+                    "set train.validate_samples=0"
+                )
+        ramp = batch.ramp and (batch.ramp.start, batch.ramp.increment, batch.ramp.samples)
+        batches = BatchSchedule(batch.global_samples, ramp)
+        steps = config.train.steps or math.ceil((config.train.tokens or 0) / (batch.global_samples * batch.sequence))
+        lr = LearningRate(
+            optimizer.lr, steps, optimizer.warmup_steps, optimizer.schedule, optimizer.floor, optimizer.decay_steps
+        )
+        return cls(train, valid, batches, steps, lr)
+
+    @property
+    def valid_batches(self) -> int:
+        """Global batches that fit the validation set."""
+        assert self.valid is not None
+        return self.valid.num_samples_per_epoch // self.batches.sizes[-1]
+
+
+def _join_and_train(loaded: Loaded, plan: RunPlan, environment: RankEnvironment) -> int:
+    from megapt.distributed import join, leave
+    from megapt.engine import Engine
+    from megapt.monitor.signals import StopRequest
+    from megapt.monitor.watchdog import Watchdog
+
+    config = loaded.config
+    environment, device = join(environment)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    tensor, ranks_per_stage = config.parallel.tensor, environment.world // config.parallel.pipeline
+
+    def describe(rank: int) -> str:
+        pp, rest = divmod(rank, ranks_per_stage)
+        return f"rank {rank} (pp {pp}, dp {rest // tensor}, tp {rest % tensor})"
+
+    limit = config.run.time_limit
+    with (
+        Watchdog(
+            environment.master_addr,
+            environment.master_port,
+            environment.rank,
+            environment.world,
+            describe,
+            stall_timeout=config.run.stall_timeout,
+            prefix=f"watchdog/{attempt}",
+        ) as watchdog,
+        StopRequest(limit * 60 if limit else None) as stop,
+    ):
+        watchdog.beat(0, "building the model")
+        engine = Engine(config, environment.world, device)
+        training = Training(loaded, plan, engine, watchdog.beat, stop.reason)
+        try:
+            training.start()
+        except UserError as error:
+            # Raised on all ranks alike: rank 0 says it, and nobody is to blame.
+            watchdog.close()
+            if environment.rank == 0:
+                print(f"megapt: error: {error}", file=sys.stderr)
+            return 2
+        training.run()
+    leave()
+    return 0
+
+
+class Training:
+    """The loop's state on this rank: the step reached, the receipt of data consumed, metrics not yet written."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        plan: RunPlan,
+        engine: Engine,
+        beat: Callable[[int, str], None],
+        stop_reason: Callable[[], str | None],
+    ) -> None:
+        from megapt.data.loader import StepLoader
+
+        self.loaded, self.config, self.plan, self.engine = loaded, loaded.config, plan, engine
+        self.beat, self.stop_reason = beat, stop_reason
+        self.folder = Path(self.config.run.folder)
+        self.leader = engine.mesh.rank == 0
+        self.step, self.skipped = 0, 0
+        self.receipt = Receipt(plan.train.fingerprint)
+        dp, batch = engine.mesh.dp, self.config.batch
+        self.loader = StepLoader(
+            plan.train, plan.batches, batch.micro, dp.rank, dp.size, self.config.model.vocabulary
+        )
+        self.unwritten: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    # Starting
+
+    def start(self) -> None:
+        """Resume the newest checkpoint of the run folder, else start from given weights or fresh ones. Collective."""
+        from megapt import checkpoint
+
+        together = self._together()
+        newest = together.run(lambda: checkpoint.find_latest(self.folder / CHECKPOINTS))
+        together.agree()
+        origin = "fresh weights"
+        if newest is not None:
+            self._resume(newest)
+            origin = f"resumed from {newest}"
+        elif self.config.checkpoint.load is not None:
+            source = checkpoint.resolve(self.config.checkpoint.load)
+            self._load(source, weights_only=True)
+            origin = f"weights of {source}"
+        if self.leader:
+            together.run(lambda: self._open_run_folder(origin))
+        together.agree()
+
+    def _together(self) -> Any:
+        from megapt.checkpoint.together import Together
+
+        return Together(self.engine.mesh)
+
+    def _load(self, source: Path, weights_only: bool) -> dict[str, Any]:
+        from megapt import checkpoint
+        from megapt.model.table import parameter_table
+
+        engine = self.engine
+        self.beat(self.step, f"loading {source}")
+        table = parameter_table(self.config.model)
+        meta = checkpoint.load(source, engine.backend.fragments(), engine.mesh, table, weights_only=weights_only)
+        engine.backend.loaded(0 if weights_only else meta["updates"])
+        return meta
+
+    def _resume(self, source: Path) -> None:
+        meta = self._load(source, weights_only=False)
+        receipt = Receipt.from_dict(meta["receipt"])
+        receipt.check(self.plan.train.fingerprint)
+        expected = self.plan.batches.first_sample(meta["step"])
+        if receipt.samples != expected:
+            raise UserError(
+                f"{source} had consumed {receipt.samples} samples at step {meta['step']}, but this config's batch sizes "
+                f"would have consumed {expected}: batch.samples, batch.tokens and batch.ramp must stay as they were"
+            )
+        self.step, self.skipped, self.receipt = meta["step"], meta["skipped"], receipt
+
+    def _open_run_folder(self, origin: str) -> None:
+        from megapt.model.table import parameter_table
+        from megapt.monitor.metrics import Metrics
+        from megapt.monitor.progress import Progress, peak_flops
+        from megapt.monitor.run_folder import RunFolder, describe_environment
+        from megapt.plan.flops import model_flops_per_token
+        from megapt.summary import print_summary
+
+        config, mesh = self.config, self.engine.mesh
+        layout = {"pipeline": mesh.pp.size, "data": mesh.dp.size, "tensor": mesh.tp.size}
+        run = RunFolder(self.folder)
+        run.record(dump(config), describe_environment(device=str(mesh.device), world_size=mesh.world, layout=layout))
+        self.metrics = Metrics(self.folder, config.run.tensorboard, self.step + 1)
+        given = config.run.peak_tflops
+        peak, peak_text = peak_flops(mesh.device, given * 1e12 if given else None)
+        sequence = config.batch.sequence
+        self.progress = Progress(
+            self.plan.steps,
+            self.step,
+            lambda s: self.plan.batches.size(s) * sequence,
+            model_flops_per_token(config.model, sequence),
+            peak,
+            mesh.world,
+        )
+        print_summary(
+            config,
+            mesh,
+            self.engine.backend.describe(),
+            parameters=parameter_table(config.model).count(),
+            start=f"step {self.step} of {self.plan.steps}, {origin}",
+            samples_per_epoch=self.plan.train.num_samples_per_epoch,
+            total_samples=self.plan.batches.first_sample(self.plan.steps),
+            peak=peak_text,
+        )
+
+    # The loop
+
+    def run(self) -> None:
+        """Train until the last step or a stop request, validate, save."""
+        config = self.config
+        stop = _StopAgreement(self.engine)
+        saved = self.step
+        validated = -1
+        interval_start, interval_step = time.perf_counter(), self.step
+        while self.step < self.plan.steps:
+            self.beat(self.step, "training")
+            batch = self.loader.step(self.step)
+            lr = self.plan.lr(self.step)
+            loss, result = self.engine.train_step(batch, lr)
+            self.step += 1
+            self.receipt.advance(batch.sample_ids)
+            self.unwritten.append((self.step, loss, result.grad_norm, result.skipped))
+            stopping = stop.agreed(self.stop_reason())
+
+            due = self._due(config.checkpoint.every)
+            if due or stopping or self._due(config.run.log_every) or self.step == self.plan.steps:
+                now = time.perf_counter()
+                self._log(lr, now - interval_start, self.step - interval_step)
+                interval_start, interval_step = now, self.step
+            if self._due(config.train.validate_every):
+                self._validate()
+                validated = self.step
+            if due or stopping:
+                self._save()
+                saved = self.step
+            if due or stopping or validated == self.step:
+                interval_start = time.perf_counter()
+            if stopping:
+                if self.leader:
+                    print(f"stopped at step {self.step}: {self.stop_reason() or 'asked for on another rank'}; saved")
+                break
+        else:
+            if validated != self.step:
+                self._validate()
+            if saved != self.step:
+                self._save()
+        self.loader.close()
+        if self.leader:
+            self.metrics.close()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _log(self, lr: float, seconds: float, steps: int) -> None:
+        """Bring the interval's losses and norms to the host, write them down, print a line. Collective."""
+        import torch
+
+        from megapt.monitor.progress import emit, memory_bytes
+
+        losses = self.engine.mean_losses([loss for _, loss, _, _ in self.unwritten])
+        norms = torch.stack([norm for _, _, norm, _ in self.unwritten]).tolist()
+        skips = torch.stack([skipped for _, _, _, skipped in self.unwritten]).tolist()
+        self.skipped += sum(skips)
+        numbers = [step for step, *_ in self.unwritten]
+        self.unwritten.clear()
+        if not self.leader:
+            return
+        memory = memory_bytes(self.engine.mesh.device)
+        line = self.progress.line(
+            self.step,
+            loss=losses[-1],
+            lr=lr,
+            grad_norm=norms[-1],
+            step_seconds=seconds,
+            skipped=self.skipped,
+            memory=memory.peak,
+        )
+        emit(line)
+        speed = self.progress.throughput
+        assert speed is not None
+        for step, loss, norm, skipped in zip(numbers, losses, norms, skips, strict=True):
+            tokens = self.plan.batches.first_sample(step) * self.config.batch.sequence
+            scalars = {"loss": loss, "grad_norm": norm, "lr": self.plan.lr(step - 1), "tokens": tokens}
+            if skipped:
+                scalars["skipped"] = 1
+            if step == self.step:
+                scalars |= {"tokens_per_second": speed.tokens_per_second, "memory": memory.peak}
+                scalars |= {} if speed.mfu is None else {"mfu": speed.mfu}
+            self.metrics.log(step, **scalars)
+
+    def _validate(self) -> None:
+        """Mean loss over the same validation samples every time. Collective."""
+        from megapt.data.loader import eval_batches
+        from megapt.monitor.progress import emit
+
+        if self.plan.valid is None:
+            return
+        self.beat(self.step, "validation")
+        batch, dp = self.config.batch, self.engine.mesh.dp
+        wanted = max(1, self.config.train.validate_samples // batch.global_samples)
+        count = min(wanted, self.plan.valid_batches)
+        loss = self.engine.evaluate(
+            eval_batches(
+                self.plan.valid, count, batch.global_samples, batch.micro, dp.rank, dp.size, self.config.model.vocabulary
+            )
+        )
+        if self.leader:
+            samples = count * batch.global_samples
+            emit(f"step {self.step}/{self.plan.steps} | validation loss {loss:.4f} over {samples} samples")
+            self.metrics.log(self.step, valid_loss=loss, valid_samples=samples)
+
+    def _save(self) -> None:
+        """Write a checkpoint. Collective. A failure to write leaves older ones whole and training going."""
+        from megapt import checkpoint
+        from megapt.model.table import parameter_table
+        from megapt.monitor.progress import emit
+
+        engine, folder = self.engine, self.folder / CHECKPOINTS
+        self.beat(self.step, "saving")
+        if self.leader:
+            self.metrics.flush()
+        meta = {
+            "step": self.step,
+            "updates": engine.backend.updates,
+            "skipped": self.skipped,
+            "receipt": self.receipt.to_dict(),
+            "config": self.config.model_dump(),
+        }
+        started = time.perf_counter()
+        try:
+            path = checkpoint.save(
+                folder, self.step, engine.backend.fragments(), engine.mesh, meta, parameter_table(self.config.model)
+            )
+        except UserError as error:
+            if self.step == self.plan.steps or self.stop_reason():
+                raise
+            if self.leader:
+                emit(f"WARNING: {error}; training goes on, the next checkpoint is tried when it is due")
+            return
+        if self.leader:
+            checkpoint.retain(folder, self.config.checkpoint.keep)
+            emit(f"step {self.step}/{self.plan.steps} | saved {path} in {time.perf_counter() - started:.1f} s")
+
+
+class _StopAgreement:
+    """All ranks stop at the same step. The flag of a step is read one step later, when it has long arrived, so that
+    the host never waits for it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.mesh = engine.mesh
+        self.pending: tuple[Any, Tensor] | None = None
+
+    def agreed(self, reason: str | None) -> bool:
+        """Collective, once per step: whether some rank had a reason to stop at the step before."""
+        import torch
+        import torch.distributed as dist
+
+        if self.mesh.world == 1:
+            return reason is not None
+        stopping = False
+        if self.pending is not None:
+            work, flag = self.pending
+            work.wait()
+            stopping = bool(flag.item())
+        flag = torch.tensor(int(reason is not None), dtype=torch.int32, device=self.mesh.device)
+        self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True), flag)
+        return stopping

@@ -1,0 +1,421 @@
+"""The DeepSpeed backend: its ZeRO 1 (arXiv 1910.02054) under any pipeline, its ZeRO 2 and 3 without one.
+
+The model is called as it is, never through DeepSpeed's engine: a pipeline runs backwards of its own, several of them
+without a forward between, on several chunks. Stages 0 and 1 accumulate gradients in full-precision buffers of our
+own and hand them over whole at the step. Stages 2 and 3 must free gradients while the backward pass runs, so
+DeepSpeed's hooks take each one as autograd finishes it, and its reduction is completed when a backward ends.
+
+DeepSpeed has no stage 0 that accumulates bf16 gradients in fp32 and skips non-finite ones; stage 0 is its ZeRO 1 over
+a group of one rank, after we have summed the gradients over data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megapt.config import OptimizerConfig
+from megapt.errors import UserError
+from megapt.mesh import Axis, ParallelMesh
+from megapt.parallel.gradients import TiedWeights, finalize, is_partial, sum_sharers
+from megapt.parallel.tensor import TensorParallel
+from megapt.parameters import Parameter
+from megapt.zero.accumulate import Accumulator
+from megapt.zero.base import Fragment, StepResult, ZeroBackend, accumulation_dtype
+
+_BUCKET = 50_000_000  # elements of one collective
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# What is used of DeepSpeed's wrapped optimizers beyond its documented interface, and where each keeps its masters.
+_COMMON = ("optimizer", "overflow", "_global_grad_norm")
+_FRAGMENTS = ("_lazy_init_hp_params_optimizer_state", "update_lp_params")
+_HOOKS = (
+    "enter_backward",
+    "clear_backward_seen_flag",
+    "register_grad_acc_post_hook",
+    "unregister_grad_acc_post_hooks",
+    "set_gradient_accumulation_boundary",
+    "overlapping_partition_gradients_reduce_epilogue",
+    "backward_epilogue",
+)
+_PRIVATE = {
+    "BF16_Optimizer": (
+        *_COMMON,
+        *_FRAGMENTS,
+        "bf16_groups",
+        "fp32_groups_gradients",
+        "fp32_groups_gradients_flat",
+        "fp32_groups_has_gradients",
+    ),
+    "DeepSpeedZeroOptimizer": (
+        *_COMMON,
+        *_FRAGMENTS,
+        *_HOOKS,
+        "bit16_groups",
+        "averaged_gradients",
+        "all_grad_tensors",
+        "reduce_gradients",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        *_COMMON,
+        *_HOOKS,
+        "fp16_groups",
+        "persistent_parameters",
+        "get_local_fp32_param",
+        "override_loss_scale",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+    ),
+}
+_MASTERS = {
+    "BF16_Optimizer": "fp32_groups_flat_partition",
+    "DeepSpeedZeroOptimizer": "single_partition_of_fp32_groups",
+    "DeepSpeedZeroOptimizer_Stage3": "fp32_partitioned_groups_flat",
+}
+
+
+class DeepSpeedBackend(ZeroBackend):
+    """See ZeroBackend; `stage` is 0 to 3, or 0 or 1 where the mesh has a pipeline.
+
+    Masters and moments are fp32. Stages 0 and 1 accumulate and reduce gradients in fp32; in stages 2 and 3 a
+    micro-batch's gradient has the weights' precision, and its sum over ranks and micro-batches is fp32.
+
+    chunks: this rank's model chunks, on its device; in stage 3 exactly one, whose parameters have no storage outside
+    its forward and backward pass from now on (their table row, shard and owner stay readable).
+
+    Raises UserError for a combination that DeepSpeed does not compute, or a DeepSpeed whose internals differ from
+    those relied on. Collective over the world.
+    """
+
+    def __init__(
+        self,
+        chunks: nn.ModuleList,
+        parameters: Sequence[Parameter],
+        mesh: ParallelMesh,
+        tp: TensorParallel,
+        ties: TiedWeights,
+        optimizer: OptimizerConfig,
+        stage: int,
+    ) -> None:
+        super().__init__(parameters, mesh, tp, ties, optimizer)
+        self.stage = stage
+        self._updates = 0
+        self._owned = [p for p in self.parameters if p.owner]
+        self._dtype = _check(stage, mesh, chunks, self._owned)
+        deepspeed = _load(mesh.device)
+        self.version: str = deepspeed.__version__
+        for p in self.parameters:
+            # DeepSpeed counts every parameter of tensor rank 0 in the norm, and of other ranks those marked so.
+            p.model_parallel = p.shard.primary  # type: ignore[attr-defined]
+        groups, fillers = self._groups()
+        model = chunks[0] if stage == 3 else nn.ModuleDict({"chunks": chunks, "fillers": fillers})
+        adamw = torch.optim.AdamW(groups, lr=0.0, betas=tuple(optimizer.betas), eps=optimizer.eps, fused=True)
+        data = mesh.dp if stage else Axis(0, 1, _group_of_one(mesh.rank))
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            args=SimpleNamespace(device_rank=mesh.device.index or 0),
+            model=model,
+            optimizer=adamw,
+            mpu=_ParallelUnit(mesh, data),
+            config=self._config(),
+        )
+        self._kind = self._probe()
+        self._create_state()
+        self._gradients = _MainGrads(self, self._zero) if stage < 2 else _Hooks(self, self._zero)
+
+    def _groups(self) -> tuple[list[dict[str, Any]], nn.ParameterList]:
+        """The optimizer's groups by weight decay, and what fills a group that would be empty.
+
+        DeepSpeed runs one collective per non-empty group over the pipeline, so every stage needs all of them.
+        """
+        fillers = nn.ParameterList()
+        groups = []
+        for decays in (True, False):
+            members: list[nn.Parameter] = [p for p in self._owned if p.spec.decay is decays]
+            if not members and self.mesh.pp.size > 1:
+                fillers.append(torch.zeros(1, dtype=self._dtype, device=self.mesh.device))
+                members = [fillers[-1]]
+            if members:
+                groups.append({"params": members, "weight_decay": self.optimizer.weight_decay if decays else 0.0})
+        return groups, fillers
+
+    def _config(self) -> dict[str, Any]:
+        cuda = self.mesh.device.type == "cuda"
+        vectors = [p.numel() for p in self._owned if p.dim() == 1]
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": self.optimizer.clip,
+            "gradient_allreduce_op": "sum" if self.stage < 3 else "mean",
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "bf16": {"enabled": self._dtype == torch.bfloat16, "check_grad_overflow": True},
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the device in every forward
+            "zero_optimization": {
+                "stage": max(self.stage, 1),
+                "reduce_bucket_size": _BUCKET,
+                "allgather_bucket_size": _BUCKET,
+                "contiguous_gradients": self.stage > 1,
+                "overlap_comm": cuda and self.stage > 1,
+                # Vectors stay whole on every rank: gathering them would cost more in latency than in memory.
+                "stage3_param_persistence_threshold": max(vectors, default=0),
+                # It would replace torch's F.linear for the whole process; our layers own their backward pass.
+                "memory_efficient_linear": False,
+            },
+        }
+
+    def _probe(self) -> str:
+        """The kind of wrapped optimizer, after checking that it is the one expected and has what is used of it."""
+        kind = type(self._zero).__name__
+        expected = "DeepSpeedZeroOptimizer_Stage3" if self.stage == 3 else "DeepSpeedZeroOptimizer"
+        if self.stage < 2 and self._dtype == torch.bfloat16:
+            expected = "BF16_Optimizer"
+        problems = []
+        if kind != expected:
+            problems.append(f"ZeRO {self.stage} is a {kind}, not a {expected}")
+        names = (*_PRIVATE[expected], _MASTERS[expected])
+        problems += [f"{kind} has no {name}" for name in names if not hasattr(self._zero, name)]
+        if self._engine.managed_gradient_accumulation():
+            problems.append("it does not leave gradient accumulation to its caller")
+        if self.stage < 3 and self._engine.gradient_average:
+            problems.append("it does not sum gradients")
+        if not problems and any(m.dtype != torch.float32 for m in getattr(self._zero, _MASTERS[kind])):
+            problems.append("its master weights are not fp32")
+        if problems:
+            raise UserError(
+                f"DeepSpeed {self.version} is not built as this backend needs it: {'; '.join(problems)}. Install "
+                "deepspeed>=0.19.6,<0.20, or set zero.backend = native (stages 0 and 1)"
+            )
+        return kind
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        return getattr(self._zero, _MASTERS[self._kind])
+
+    def _create_state(self) -> None:
+        """Moments and step counts from the beginning, as AdamW's first step would create them."""
+        state = self._zero.optimizer.state
+        for master in self._masters:
+            state[master] = {name: torch.zeros_like(master, requires_grad=False) for name in _MOMENTS}
+            state[master]["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+        if self.stage < 3:
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def zero_grad(self) -> None:
+        self._gradients.begin()
+
+    def step(self, lr: float) -> StepResult:
+        self._gradients.finish()
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        skipped = bool(self._zero.overflow)
+        if not skipped:
+            self._updates += 1
+            self.ties.share()
+        device = self.mesh.device
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+        return StepResult(norm, torch.tensor(skipped, device=device))
+
+    def fragments(self) -> Iterator[Fragment]:
+        for p in self._owned:
+            fragment = self._partition(p) if self.stage == 3 else _overlap(p)
+            if fragment is not None:
+                yield fragment
+
+    def _partition(self, p: Parameter) -> Fragment | None:
+        """Stage 3 cuts every parameter by itself into equal parts, the last ones padded."""
+        tensors = {"weight": self._zero.get_local_fp32_param(p).detach()}
+        tensors |= {name: self._zero.get_local_fp32_param(p, name) for name in _MOMENTS}
+        width = tensors["weight"].numel()
+        start = self.mesh.dp.rank * width
+        numel = min(width, torch.Size(p.shard.shape).numel() - start)
+        return Fragment(p, start, numel, {name: t[:numel] for name, t in tensors.items()}) if numel > 0 else None
+
+    @torch.no_grad()
+    def loaded(self, updates: int) -> None:
+        for state in self._zero.optimizer.state.values():
+            state["step"].fill_(updates)
+        self._updates = updates
+        if self.stage < 3:
+            self._zero.update_lp_params()
+        else:
+            self._zero._partition_all_parameters()
+            for index in range(len(self._zero.fp16_groups)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(index)
+            persistent = self._zero.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
+        self.ties.share()
+
+    @property
+    def updates(self) -> int:
+        return self._updates
+
+    def describe(self) -> str:
+        kept = ("nothing", "optimizer state", "optimizer state and gradients", "optimizer state, gradients and weights")
+        where = f"{kept[self.stage]} sharded over {self.mesh.dp.size} ranks"
+        return f"DeepSpeed {self.version} ZeRO {self.stage}: {where}, fp32 masters and reduction, AdamW"
+
+
+class _MainGrads:
+    """Stages 0 and 1: gradients accumulate in `main_grad`, and DeepSpeed gets them whole at the step.
+
+    In bf16 `main_grad` is DeepSpeed's own fp32 gradient buffer; in fp32 it becomes `.grad` at the step.
+    """
+
+    def __init__(self, backend: DeepSpeedBackend, zero: Any) -> None:
+        self.backend, self.zero = backend, zero
+        self.bf16 = hasattr(zero, "bf16_groups")
+        self.handed: list[Parameter] = []
+        self.flat: list[Tensor] = zero.fp32_groups_gradients_flat if self.bf16 else []
+        for index, group in enumerate(zero.bf16_groups if self.bf16 else zero.bit16_groups):
+            if self.bf16:
+                pieces = zero.fp32_groups_gradients[index]
+            else:
+                self.flat.append(torch.zeros(sum(p.numel() for p in group), device=group[0].device))
+                pieces = self.flat[-1].split([p.numel() for p in group])
+            for p, piece in zip(group, pieces, strict=True):
+                p.main_grad = piece.view(p.shape)
+            self.handed += group
+        for p in backend.parameters:
+            if not p.owner:
+                p.main_grad = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
+        self.accumulator = Accumulator(backend.parameters)
+
+    def begin(self) -> None:
+        self.accumulator.begin()
+
+    def finish(self) -> None:
+        self.accumulator.end()
+        backend = self.backend
+        finalize(backend.parameters, backend.tp, backend.ties)
+        if backend.stage == 0:
+            for flat in self.flat:
+                backend.mesh.dp.all_reduce(flat)
+        if self.bf16:
+            for has_gradient in self.zero.fp32_groups_has_gradients:
+                has_gradient[:] = [True] * len(has_gradient)
+        else:
+            for p in self.handed:
+                p.grad = p.main_grad
+
+
+class _Hooks:
+    """Stages 2 and 3: DeepSpeed's hooks take gradients during the backward pass.
+
+    What tensor ranks owe each other must then be settled before its hooks run: on the gradient itself, when autograd
+    has summed it and before it is stored.
+    """
+
+    def __init__(self, backend: DeepSpeedBackend, zero: Any) -> None:
+        self.stage, self.zero = backend.stage, zero
+        tp = backend.tp
+        for p in backend.parameters:
+            if is_partial(p, tp) or p.shard.sharers > 1:
+                p.register_hook(functools.partial(_complete, p, tp))
+        # The engine's own hook expects that its forward and backward were called.
+        zero.unregister_grad_acc_post_hooks()
+        zero.register_grad_acc_post_hook(self._end_of_backward)
+        zero.enter_backward()
+        if self.stage == 3:
+            zero.override_loss_scale(1.0 / backend.mesh.dp.size)  # it averages over ranks; this makes it a sum
+
+    def begin(self) -> None:
+        self.zero.zero_grad()
+        if self.stage == 2:
+            for held in (self.zero.averaged_gradients, self.zero.all_grad_tensors):
+                held.clear()
+        self.zero.clear_backward_seen_flag()
+        # Else each backward would replace what the ones before it have accumulated.
+        self.zero.set_gradient_accumulation_boundary(False)
+
+    def finish(self) -> None:
+        """Nothing is left to do: every backward has reduced its gradients."""
+
+    def _end_of_backward(self) -> None:
+        self.zero.overlapping_partition_gradients_reduce_epilogue()
+        self.zero.backward_epilogue()
+        self.zero.clear_backward_seen_flag()
+
+
+def _complete(parameter: Parameter, tp: TensorParallel, gradient: Tensor) -> Tensor:
+    """The sum of a gradient's parts over tensor ranks, in full precision."""
+    wide = gradient.to(accumulation_dtype(gradient.dtype), copy=True, memory_format=torch.contiguous_format)
+    if is_partial(parameter, tp):
+        tp.axis.all_reduce(wide)
+    if parameter.shard.sharers > 1:
+        sum_sharers(wide, parameter, tp.axis)
+    return wide.to(gradient.dtype)
+
+
+def _overlap(p: Parameter) -> Fragment | None:
+    """Stages 0 to 2 cut a group's flat buffer: the part of a parameter that fell to this rank."""
+    mapping = p._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    at = mapping.lp_fragment_address
+    tensors = {"weight": mapping.hp_fragment.detach()}
+    tensors |= {name: mapping.get_optim_state_fragment(name) for name in _MOMENTS}
+    return Fragment(p, at.start, at.numel, tensors)
+
+
+class _ParallelUnit:
+    """The mesh as DeepSpeed asks for it. Its model-parallel group is pp x tp: norms and overflow travel on it."""
+
+    def __init__(self, mesh: ParallelMesh, data: Axis) -> None:
+        axes = {"data": data, "model": mesh.model, "tensor_model": mesh.tp, "pipeline_model": mesh.pp}
+        for name, axis in axes.items():
+            answers = {"group": axis.group or dist.group.WORLD, "rank": axis.rank, "world_size": axis.size}
+            for question, answer in answers.items():
+                setattr(self, f"get_{name}_parallel_{question}", _answer(answer))
+
+
+def _answer(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def _check(stage: int, mesh: ParallelMesh, chunks: nn.ModuleList, owned: Sequence[Parameter]) -> torch.dtype:
+    """The one precision of the weights; UserError for what DeepSpeed does not compute."""
+    dtypes = {p.dtype for p in owned}
+    if torch.float64 in dtypes:
+        raise UserError(
+            "DeepSpeed keeps master weights, moments and reduced gradients in fp32, so precision = fp64 would not be "
+            "fp64: set zero.backend = native (stages 0 and 1), or precision = fp32 or bf16"
+        )
+    if stage > 1 and mesh.pp.size > 1:
+        raise UserError(f"ZeRO {stage} does not work with pipeline = {mesh.pp.size}; use stage 0 or 1, or pipeline = 1")
+    assert len(dtypes) == 1 and (stage < 3 or len(chunks) == 1)
+    return dtypes.pop()
+
+
+def _load(device: torch.device) -> Any:
+    """DeepSpeed for this device, without a compiler, and with a process group to work in."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator().device_name()
+    if accelerator != device.type:
+        raise UserError(
+            f"DeepSpeed works on {accelerator}, but this run on {device.type}; set DS_ACCELERATOR={device.type}"
+        )
+    if device.type == "cpu":
+        # It would be compiled at start by g++ and ninja, and serves gloo's collectives only.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():  # a world of one
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return deepspeed
+
+
+def _group_of_one(rank: int) -> dist.ProcessGroup:
+    return dist.new_group([rank], use_local_synchronization=True)

@@ -1,0 +1,77 @@
+"""Placement, channels and the printed form of actions."""
+
+from __future__ import annotations
+
+import pytest
+
+from megapt.parallel.pipeline.actions import Action, Channel, Direction, Kind, Message, Placement
+
+
+def test_actions_print_short() -> None:
+    assert str(Action(Kind.FORWARD, 3, 0)) == "F3.0"
+    assert str(Action(Kind.BACKWARD, 12, 1)) == "B12.1"
+    assert str(Action(Kind.FORWARD, 3, 0).send()) == "sF3.0"
+    assert str(Action(Kind.FORWARD, 3, 0).recv()) == "rF3.0"
+    assert str(Action(Kind.BACKWARD, 3, 2).send()) == "sB3.2"
+    assert str(Action(Kind.BACKWARD, 3, 2).recv()) == "rB3.2"
+
+
+def test_every_kind_is_compute_send_or_recv() -> None:
+    for kind in Kind:
+        assert kind.is_compute + kind.is_send + kind.is_recv == 1
+        assert kind.direction is (Direction.FORWARD if "F" in kind.value else Direction.BACKWARD)
+
+
+@pytest.mark.parametrize("stages", range(1, 9))
+@pytest.mark.parametrize("chunks", range(1, 5))
+def test_placement_walks_the_model_in_order(stages: int, chunks: int) -> None:
+    placement = Placement(stages, chunks)
+    here: tuple[int, int] | None = (0, 0)
+    walked = []
+    while here is not None:
+        walked.append(placement.virtual(*here))
+        assert (placement.rank(walked[-1]), placement.chunk(walked[-1])) == here
+        following = placement.next(*here)
+        if following is not None:
+            assert placement.previous(*following) == here
+        here = following
+    assert walked == list(range(stages * chunks)) == list(range(placement.virtual_stages))
+    assert placement.previous(0, 0) is None
+
+
+def test_looping_placement() -> None:
+    placement = Placement(4, 2)
+    assert [placement.rank(k) for k in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [placement.chunk(k) for k in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert placement.next(3, 0) == (0, 1)
+    assert placement.next(3, 1) is None
+
+
+def test_message_of_an_ordinary_and_of_a_wrapping_step() -> None:
+    placement = Placement(2, 2)
+    ordinary = Message(Channel(0, 1, Direction.FORWARD, wraps=False), 5, 1)
+    assert placement.message(0, Action(Kind.SEND_FORWARD, 5, 0)) == ordinary
+    assert placement.message(1, Action(Kind.RECV_FORWARD, 5, 0)) == ordinary
+    wrapping = Message(Channel(1, 0, Direction.FORWARD, wraps=True), 5, 2)
+    assert placement.message(1, Action(Kind.SEND_FORWARD, 5, 0)) == wrapping
+    assert placement.message(0, Action(Kind.RECV_FORWARD, 5, 1)) == wrapping
+    backward = Message(Channel(0, 1, Direction.BACKWARD, wraps=True), 5, 1)
+    assert placement.message(0, Action(Kind.SEND_BACKWARD, 5, 1)) == backward
+    assert placement.message(1, Action(Kind.RECV_BACKWARD, 5, 0)) == backward
+
+
+def test_no_message_at_the_ends_of_the_model_or_within_a_rank() -> None:
+    placement = Placement(2, 2)
+    assert placement.message(0, Action(Kind.RECV_FORWARD, 0, 0)) is None
+    assert placement.message(1, Action(Kind.SEND_FORWARD, 0, 1)) is None
+    assert placement.message(0, Action(Kind.SEND_BACKWARD, 0, 0)) is None
+    assert placement.message(1, Action(Kind.RECV_BACKWARD, 0, 1)) is None
+    assert Placement(1, 2).message(0, Action(Kind.SEND_FORWARD, 0, 0)) is None
+
+
+def test_source_is_upstream_of_the_data() -> None:
+    placement = Placement(2, 2)
+    assert placement.source(0, Action(Kind.FORWARD, 0, 1)) == (1, 0)
+    assert placement.source(1, Action(Kind.BACKWARD, 0, 0)) == (0, 1)
+    assert placement.source(0, Action(Kind.FORWARD, 0, 0)) is None
+    assert placement.source(1, Action(Kind.BACKWARD, 0, 1)) is None
