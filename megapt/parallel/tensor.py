@@ -234,13 +234,13 @@ class VocabularyEmbedding(nn.Module):
         super().__init__()
         self.tp = factory.tp
         (self.weight,) = factory("embedding.weight")
+        self.shard = self.weight.shard
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tp.axis.size == 1:
             return F.embedding(tokens, self.weight)
-        shard = self.weight.shard
-        local = tokens - shard.start
-        outside = (local < 0) | (local >= shard.length)
+        local = tokens - self.shard.start
+        outside = (local < 0) | (local >= self.shard.length)
         x = F.embedding(local.masked_fill(outside, 0), self.weight)
         return _Reduce.apply(x.masked_fill(outside.unsqueeze(-1), 0), self.tp)
 
@@ -326,11 +326,11 @@ class VocabularyHead(nn.Module):
         super().__init__()
         self.tp = factory.tp
         (self.weight,) = factory("head.weight")
+        self.shard, self.vocabulary = self.weight.shard, self.weight.spec.shape[0]
 
     def forward(self, h: Tensor, labels: Tensor) -> Tensor:
         """Loss SUMMED over tokens whose label is not -100: h_TH, labels [T] int64 of all tokens -> scalar (fp32)."""
-        shard = self.weight.shard
-        return _LinearCrossEntropy.apply(h, self.weight, labels, self.tp, shard.start, shard.length)
+        return _LinearCrossEntropy.apply(h, self.weight, labels, self.tp, self.shard.start, self.shard.length)
 
     def logits(self, h: Tensor) -> Tensor:
         """Whole logits [T, vocabulary] of all tokens on every tensor rank, for generation; no gradient."""
@@ -339,4 +339,4 @@ class VocabularyHead(nn.Module):
             every = logits.new_empty(self.tp.axis.size, *logits.shape)
             all_gather(every.view(-1, logits.shape[1]), logits, group=self.tp.axis.group)
             logits = every.movedim(0, 1).flatten(1)
-        return logits[:, : self.weight.spec.shape[0]]
+        return logits[:, : self.vocabulary]

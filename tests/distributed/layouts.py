@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megapt.config import Config, from_tree
-from megapt.data.loader import MicroBatch
-from megapt.mesh import ParallelMesh
-from megapt.parallel.gradients import TiedWeights, finalize
-from megapt.parallel.pipeline.runtime import Pipeline
-from megapt.parallel.pipeline.stages import DTYPES, build_chunks
-from megapt.parallel.tensor import IGNORE, TensorParallel
+from megapt.data.loader import MicroBatch, StepBatch
+from megapt.engine import Engine
+from megapt.parallel.gradients import finalize
+from megapt.parallel.tensor import IGNORE
 from megapt.parameters import Parameter
-from megapt.zero import make_backend
-from megapt.zero.base import ZeroBackend
+from megapt.zero.base import StepResult
 
 LLAMA: dict[str, Any] = {
     "layers": 4, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocabulary": 61, "max_sequence": 32,
@@ -81,46 +79,41 @@ class Result:
 
 
 class Trainer:
-    """The parts of a training run on this rank, without files."""
+    """An engine on this rank, fed with batches that are the same whatever the layout."""
 
     def __init__(self, config: Config, world: int) -> None:
         self.config = config
-        parallel = config.parallel
-        data = world // (parallel.tensor * parallel.pipeline)
-        self.mesh = ParallelMesh.create(parallel.pipeline, data, parallel.tensor, torch.device("cpu"))
-        self.tp = TensorParallel(self.mesh.tp, parallel.sequence_parallel and parallel.tensor > 1)
-        self.chunks, self.parameters = build_chunks(config, self.mesh, self.tp)
-        ties = TiedWeights(self.parameters, self.mesh.pp, config.model.tied_embeddings)
-        self.pipeline = Pipeline(
-            self.chunks, self.mesh, self.tp, parallel.schedule, config.model.hidden, DTYPES[config.precision]
-        )
-        self.backend: ZeroBackend = make_backend(
-            config.zero, self.chunks, self.parameters, self.mesh, self.tp, ties, config.optimizer
-        )
+        self.engine = Engine(config, world, torch.device("cpu"))
+        self.mesh, self.backend, self.parameters = self.engine.mesh, self.engine.backend, self.engine.parameters
         self.hooked: dict[Parameter, Tensor] = {}
         if config.zero.stage > 1:
             # These backends take the gradients away inside the backward: watch them on the way.
             for p in self.parameters:
                 p.register_hook(lambda g, p=p: self.hooked.__setitem__(p, self.hooked.get(p, 0) + g.double()))
 
-    def micro_batches(self, step: int) -> tuple[list[MicroBatch], int]:
+    def batch(self, step: int) -> StepBatch:
         tokens, labels = batch_of(step, self.config)
-        mine = slice(*(BATCH // self.mesh.dp.size * (self.mesh.dp.rank + i) for i in (0, 1)))
+        share = BATCH // self.mesh.dp.size
+        mine = slice(share * self.mesh.dp.rank, share * (self.mesh.dp.rank + 1))
         micro = self.config.batch.micro
         pairs = zip(tokens[mine].split(micro), labels[mine].split(micro), strict=True)
-        return [MicroBatch(t.contiguous(), y.contiguous()) for t, y in pairs], int((labels != IGNORE).sum())
+        batches = [MicroBatch(t.contiguous(), y.contiguous()) for t, y in pairs]
+        return StepBatch(batches, np.arange(BATCH), int((labels != IGNORE).sum()))
 
-    def step(self, step: int, result: Result, gradients: bool = True) -> None:
-        batches, count = self.micro_batches(step)
-        self.backend.zero_grad()
-        loss = self.pipeline.train(batches, 1.0 / count)
-        self.mesh.dp.all_reduce(loss)
-        self.mesh.pp.all_reduce(loss)
-        result.losses.append(float(loss) / count)
-        if gradients:
-            result.gradients.append(self.gradients())
-        done = self.backend.step(self.config.optimizer.lr)
+    def step(self, step: int, result: Result) -> None:
+        seen: list[list[Piece]] = []
+        take = self.backend.step
+
+        def watched(lr: float) -> StepResult:
+            seen.append(self.gradients())
+            return take(lr)
+
+        self.backend.step = watched  # type: ignore[method-assign]
+        loss, done = self.engine.train_step(self.batch(step), self.config.optimizer.lr)
+        self.backend.step = take  # type: ignore[method-assign]
         assert not bool(done.skipped)
+        result.losses += self.engine.mean_losses([loss])
+        result.gradients += seen
         result.norms.append(float(done.grad_norm))
 
     def gradients(self) -> list[Piece]:
@@ -129,7 +122,7 @@ class Trainer:
             complete = self._hooked_gradients()
         else:
             before = [p.main_grad.clone() for p in self.parameters]
-            finalize(self.parameters, self.tp, self.backend.ties)
+            finalize(self.parameters, self.engine.tp, self.engine.ties)
             complete = {p: p.main_grad.clone() for p in self.parameters}
             for p, g in zip(self.parameters, before, strict=True):
                 p.main_grad.copy_(g)

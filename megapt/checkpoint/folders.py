@@ -1,0 +1,135 @@
+"""Where checkpoints stand on disk, which of them exist, and which are kept.
+
+A checkpoint is a folder `step-00000120`. It exists once it holds the marker file `COMMITTED`; before that it
+is a hidden folder `.step-00000120.partial`, or torn. No file points at the newest one: the folder is scanned,
+so a stale pointer can never be followed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megapt.errors import UserError
+
+MARKER = "COMMITTED"
+INDEX = "index.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_PARTIAL = re.compile(r"\.step-\d{8,}\.partial")
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    return folder / f".step-{step:08d}.partial"
+
+
+def is_committed(path: Path) -> bool:
+    return (path / MARKER).is_file()
+
+
+def committed(folder: str | Path) -> list[Path]:
+    """The committed checkpoints in a checkpoints folder, lowest step first; empty without such a folder."""
+    return sorted((path for path in _steps(Path(folder)) if is_committed(path)), key=_step)
+
+
+def find_latest(folder: str | Path) -> Path | None:
+    """The committed checkpoint of the highest step in a checkpoints folder, None if there is none."""
+    return next(reversed(committed(folder)), None)
+
+
+def resolve(path: str | Path) -> Path:
+    """The one checkpoint meant by a run folder (with `checkpoints/`), a checkpoints folder or a step folder.
+
+    Raises UserError if nothing is there, or if what is there was never committed.
+    """
+    path = Path(path)
+    if is_committed(path):
+        return path
+    if not path.is_dir():
+        beside = f"; committed in {path.parent}: {found}" if (found := _listing(path.parent)) else ""
+        raise UserError(f"there is no checkpoint {path}{beside}")
+    if (path / INDEX).exists() or _STEP.fullmatch(path.name) or _PARTIAL.fullmatch(path.name):
+        raise UserError(
+            f"{path} holds no {MARKER} marker: its saving was cut short and it must not be loaded; "
+            f"committed in {path.parent}: {_listing(path.parent) or 'none'}"
+        )
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    latest = find_latest(folder)
+    if latest is not None:
+        return latest
+    torn = [p.name for p in [*_steps(folder), *_partials(folder)]]
+    raise UserError(
+        f"{folder} holds no committed checkpoint"
+        + (f"; cut short while being saved, not to be loaded: {', '.join(sorted(torn))}" if torn else "")
+    )
+
+
+def retain(folder: str | Path, keep: int) -> list[Path]:
+    """Remove committed checkpoints older than the newest `keep`, and what interrupted saves left behind.
+
+    Not collective: rank 0 calls it, after a save, while none is under way. Returns the removed paths.
+    """
+    if keep < 1:
+        raise UserError(f"{keep} checkpoints cannot be kept; the newest one always stays: keep at least 1")
+    folder = Path(folder)
+    removed = list(_partials(folder))
+    for path in committed(folder)[:-keep]:
+        # Renamed first: a removal cut short must not leave a committed checkpoint with missing files.
+        hidden = partial_folder(folder, _step(path))
+        if hidden.exists():
+            shutil.rmtree(hidden)
+        path.rename(hidden)
+        sync_folder(folder)
+        removed.append(path)
+    for hidden in _partials(folder):
+        shutil.rmtree(hidden)
+    return removed
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names created or renamed in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The file appears under its name whole and on disk, or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def _step(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    assert match
+    return int(match.group(1))
+
+
+def _steps(folder: Path) -> list[Path]:
+    return _matching(folder, _STEP)
+
+
+def _partials(folder: Path) -> list[Path]:
+    return _matching(folder, _PARTIAL)
+
+
+def _matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name) and p.is_dir())
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(path.name for path in committed(folder))

@@ -1,0 +1,129 @@
+"""Text from a checkpoint, in any layout: one process, or the ranks of a pipeline that pass the tokens around."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapt import checkpoint as checkpoints
+from megapt.config import Config, from_tree
+from megapt.data.tokenizers import load as load_tokenizer
+from megapt.distributed import join, leave
+from megapt.engine import Engine
+from megapt.errors import UserError
+from megapt.model.table import parameter_table
+from megapt.parameters import derive_key, philox
+from megapt.zero.base import Fragment
+
+
+def generate(
+    checkpoint: str | Path,
+    prompts: Sequence[str],
+    tokens: int = 64,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    parallel: dict[str, Any] | None = None,
+) -> list[str]:
+    """Continue each prompt by up to `tokens` tokens and return prompt and continuation, on every rank.
+
+    Started as several ranks (torchrun), `parallel` says how they share the model, e.g. {"tensor": 2, "pipeline": 2};
+    the checkpoint's own layout does not matter. Draws depend on (seed, prompt number, position) alone, so that the
+    text is the same in any layout up to rounding. Raises UserError for a checkpoint or tokenizer that is not there.
+    """
+    environment, device = join()
+    config = inference_config(checkpoint, environment.world, parallel)
+    path = str(tokenizer or config.data.tokenizer or "")
+    if not path or not Path(path).exists():
+        raise UserError(
+            f"the tokenizer {path or '(none named in the config)'} is not there; name it with --tokenizer"
+        )
+    text = load_tokenizer(path)
+    engine = load_engine(checkpoint, config, environment.world, device)
+    results = []
+    for number, prompt in enumerate(prompts):
+        ids = text.encode(prompt) or [text.eod or 0]
+        made = continue_tokens(engine, ids, tokens, temperature, top_k, derive_key(seed, f"prompt {number}"), text.eod)
+        results.append(text.decode(made))
+    leave()
+    return results
+
+
+def inference_config(checkpoint: str | Path, world: int = 1, parallel: dict[str, Any] | None = None) -> Config:
+    """The config that a checkpoint was trained with, in fp32 and in the layout that is asked for."""
+    folder = checkpoints.resolve(checkpoint)
+    tree = checkpoints.read_index(folder).meta["config"]
+    tree["parallel"] = parallel or {}
+    tree["precision"] = "fp64" if tree["precision"] == "fp64" else "fp32"
+    tree["batch"] |= {"samples": world, "tokens": None, "micro": 1, "ramp": None, "sequence": tree["batch"]["sequence"]}
+    return from_tree(tree).config
+
+
+def load_engine(checkpoint: str | Path, config: Config, world: int, device: torch.device) -> Engine:
+    """The model of a checkpoint, without an optimizer. Collective."""
+    engine = Engine(config, world, device, optimize=False)
+    fragments = [Fragment(p, 0, p.numel(), {"weight": p.data.view(-1)}) for p in engine.parameters]
+    folder = checkpoints.resolve(checkpoint)
+    checkpoints.load(folder, fragments, engine.mesh, parameter_table(config.model), weights_only=True)
+    return engine
+
+
+def continue_tokens(
+    engine: Engine,
+    ids: Sequence[int],
+    count: int,
+    temperature: float,
+    top_k: int,
+    key: tuple[int, int],
+    end: int | None = None,
+) -> list[int]:
+    """`ids` and up to `count` more, drawn from the `top_k` likeliest at each position (the likeliest at temperature
+    0); stops at `end` and at the longest sequence the model knows. The whole text is read anew for every token."""
+    device, window = engine.mesh.device, engine.config.model.max_sequence
+    made = list(ids)[-window:]
+    dropped = len(ids) - len(made)
+    unit = engine.mesh.tp.size
+    for _ in range(count):
+        if len(made) >= window:
+            break
+        # Sequence parallelism wants whole shares of tokens; what follows the last position cannot influence it.
+        padding = -len(made) % unit
+        row = torch.tensor([made + [0] * padding], dtype=torch.long, device=device)
+        logits = engine.pipeline.logits(row)
+        choice = torch.zeros((), dtype=torch.long, device=device)
+        if logits is not None:
+            choice = _draw(logits[0, len(made) - 1].double(), temperature, top_k, key, len(made) + dropped)
+        if engine.mesh.pp.size > 1:
+            dist.broadcast(choice, engine.mesh.pp.global_rank(engine.mesh.pp.size - 1), group=engine.mesh.pp.group)
+        made.append(int(choice))
+        if made[-1] == end:
+            break
+    return list(ids)[:dropped] + made
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int, key: tuple[int, int], position: int) -> Tensor:
+    """One token id from logits [vocabulary], by a number that depends on the key and the position alone."""
+    if temperature == 0:
+        return logits.argmax()
+    values, ids = logits.topk(min(top_k, logits.numel()))
+    cumulative = (values / temperature).softmax(0).cumsum(0)
+    word = philox(torch.tensor([position]), key)[0]
+    uniform = ((word.double() + 0.5) * 2.0**-32).to(logits.device)
+    return ids[torch.searchsorted(cumulative, uniform * cumulative[-1]).clamp_max(len(ids) - 1)][0]
+
+
+def parse_parallel(options: Sequence[str]) -> dict[str, Any]:
+    """`tensor=2 pipeline=2` as the parallel section of a config."""
+    section: dict[str, Any] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        if name not in ("tensor", "pipeline") or not value.isdigit():
+            raise UserError(f"{option!r}: give the layout as tensor=N and pipeline=N")
+        section[name] = int(value)
+    return section

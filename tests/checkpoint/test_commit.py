@@ -1,0 +1,204 @@
+"""A checkpoint exists only once it is whole, and a damaged one is never loaded."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from megapt import checkpoint
+from megapt.checkpoint.index import marker_of
+from megapt.checkpoint.tensorfile import TensorFile
+from megapt.errors import UserError
+from megapt.mesh import ParallelMesh
+from megapt.model.table import parameter_table
+from tests.checkpoint.fakes import LLAMA, Layout, check_loaded, fragments
+
+ONE = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
+SMALL = LLAMA.model_copy(update={"layers": 1})
+
+
+def save(folder: Path, step: int) -> Path:
+    return checkpoint.save(folder, step, fragments(SMALL, Layout(), 0, 0, 0), ONE, {"step": step})
+
+
+def load(path: Path, verify: bool = True) -> None:
+    target = fragments(SMALL, Layout(), 0, 0, 0, fill=float("nan"))
+    checkpoint.load(path, target, ONE, parameter_table(SMALL), verify=verify)
+    check_loaded(target)
+
+
+def test_the_latest_is_found_by_scanning(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    assert checkpoint.find_latest(folder) is None
+    paths = [save(folder, step) for step in (5, 120, 20)]
+    (folder / "step-00000500").mkdir()  # never committed
+    (folder / ".step-00000600.partial").mkdir()
+    assert checkpoint.find_latest(folder) == paths[1]
+    for path in (tmp_path / "run", folder, paths[1]):
+        assert checkpoint.resolve(path) == paths[1]
+    assert checkpoint.resolve(paths[0]) == paths[0]
+    moved = paths[0].rename(tmp_path / "my best")
+    assert checkpoint.resolve(moved) == moved
+    load(tmp_path / "run")
+
+
+def test_what_is_absent_or_torn_is_said(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    torn = save(tmp_path, 9)
+    (torn / "COMMITTED").unlink()
+    with pytest.raises(
+        UserError, match="there is no checkpoint .*step-00000008; committed in .*: step-00000007$"
+    ):
+        checkpoint.resolve(tmp_path / "step-00000008")
+    with pytest.raises(UserError, match="step-00000009 holds no COMMITTED.*committed in .*: step-00000007$"):
+        load(torn)
+    shutil.rmtree(tmp_path / "step-00000007")
+    with pytest.raises(UserError, match="no committed checkpoint; cut short while .*: step-00000009"):
+        load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no committed checkpoint$"):
+        checkpoint.resolve(tmp_path / "empty")
+
+
+def test_retention_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (tmp_path / ".step-00000005.partial").mkdir()
+    (tmp_path / "notes").mkdir()
+    removed = checkpoint.retain(tmp_path, 2)
+    assert {p.name for p in removed} == {".step-00000005.partial", "step-00000001", "step-00000002"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000003", "step-00000004"]
+    with pytest.raises(UserError, match="keep at least 1"):
+        checkpoint.retain(tmp_path, 0)
+    checkpoint.retain(tmp_path, 5)
+    load(tmp_path / "step-00000003")
+
+
+def test_a_committed_step_is_not_overwritten_but_a_torn_one_is(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    with pytest.raises(UserError, match="step-00000003 is already committed"):
+        save(tmp_path, 3)
+    load(path)
+    (path / "COMMITTED").unlink()
+    load(save(tmp_path, 3))
+
+
+def test_meta_must_be_json(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="JSON"):
+        checkpoint.save(tmp_path, 1, [], ONE, {"path": tmp_path})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (file,) = path.glob("*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes(data[:-4])
+    expected = f"step-00000001 is damaged: {file.name} has {len(data) - 4} bytes instead of {len(data)}"
+    with pytest.raises(UserError, match=expected):
+        load(path)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name} is missing"):
+        load(path)
+    with pytest.raises(UserError, match=f"{file.name} is missing"):
+        next(checkpoint.load_weights(path))
+    (path / "index.json").unlink()
+    with pytest.raises(UserError, match="index.json is missing"):
+        load(path)
+
+
+def test_another_index_or_version_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    index = path / "index.json"
+    tree = json.loads(index.read_text())
+    index.write_text(json.dumps(tree | {"step": 2}))
+    with pytest.raises(UserError, match="the hash of index.json is not the one in COMMITTED"):
+        load(path)
+    for change, message in (
+        ({"version": 2}, "version 2; legal here: 1"),
+        ({"format": "x"}, "the format 'x'"),
+    ):
+        data = json.dumps(tree | change).encode()
+        index.write_bytes(data)
+        (path / "COMMITTED").write_bytes(marker_of(data))
+        with pytest.raises(UserError, match=message):
+            load(path)
+
+
+def test_no_flipped_byte_is_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (file,) = path.glob("*.safetensors")
+    data = file.read_bytes()
+    body = 8 + int.from_bytes(data[:8], "little")
+    for at in [*range(0, body, 37), *range(body, len(data), 997), len(data) - 1]:
+        flipped = bytearray(data)
+        flipped[at] ^= 0x10
+        file.write_bytes(flipped)
+        try:
+            load(path)  # compares every value: a flip in what nothing depends on is harmless
+        except UserError as error:
+            assert file.name in str(error) and " of " in str(error)
+        else:
+            assert at < body, at
+    tensor = json.loads(data[8:body])["exp_avg/norm.weight"]
+    flipped = bytearray(data)
+    flipped[body + tensor["data_offsets"][0]] ^= 1
+    file.write_bytes(flipped)
+    with pytest.raises(UserError, match=f"{file.name}, exp_avg of norm.weight: its checksum is"):
+        load(path)
+    with pytest.raises(AssertionError, match="exp_avg of norm.weight"):
+        load(path, verify=False)
+    # Weights alone are not touched by the damage.
+    assert len(dict(checkpoint.load_weights(path, ["norm.weight"]))) == 1
+    with pytest.raises(UserError, match="holds no nothing.weight"):
+        next(checkpoint.load_weights(path, ["nothing.weight"]))
+
+
+def _save_and_die(folder: Path, at: int) -> None:
+    """Save step 2 and be killed before the `at`-th operation on the file system; exit 0 with fewer."""
+    left = [at]
+
+    def counted(function):  # type: ignore[no-untyped-def]
+        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    os.fsync, os.replace, os.rename = counted(os.fsync), counted(os.replace), counted(os.rename)
+    Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
+    TensorFile.write = counted(TensorFile.write)  # type: ignore[method-assign]
+    save(folder, 2)
+    os._exit(0)
+
+
+def test_kill_9_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    context = multiprocessing.get_context("fork")
+    seen = set()
+    # The first moments one by one, then every fifth: 36 tensors are written in between.
+    for at in [*range(4), *range(4, 60, 5), *range(36, 60)]:
+        process = context.Process(target=_save_and_die, args=(tmp_path, at))
+        process.start()
+        process.join(30)
+        latest = checkpoint.find_latest(tmp_path)
+        assert latest is not None
+        seen.add((process.exitcode, latest.name))
+        assert len(checkpoint.committed(tmp_path)) == int(latest.name[-1])
+        load(tmp_path)
+        if latest.name == "step-00000002":
+            shutil.rmtree(latest)
+    killed = -signal.SIGKILL
+    # Killed before the commit; killed after it (while syncing the folder's entry); not killed at all.
+    assert seen == {(killed, "step-00000001"), (killed, "step-00000002"), (0, "step-00000002")}
+    checkpoint.retain(tmp_path, 1)
+    assert not list(tmp_path.glob(".*.partial"))
