@@ -249,7 +249,8 @@ def check_world(config: Config, world: int) -> int:
     parallel, batch = config.parallel, config.batch
     cell = parallel.tensor * parallel.pipeline
     if world % cell:
-        fits = ", ".join(f"tensor={t} pipeline={p} (data={world // (t * p)})" for t, p in _factorisations(config, world))
+        layouts = _factorisations(config, world)
+        fits = ", ".join(f"tensor={t} pipeline={p} (data={world // (t * p)})" for t, p in layouts)
         raise UserError(
             f"the world of {world} ranks is not divisible by tensor x pipeline = {parallel.tensor} x "
             f"{parallel.pipeline} = {cell}. Layouts of this model that fit {world} ranks: {fits or 'none'}; or start "

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megapt.errors import UserError
 
-
 # torch 2.13 renamed these two collectives and warns at the old names; torch 2.11 has only those.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -61,14 +60,15 @@ class ParallelMesh:
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
         if pipeline * data * tensor != world:
-            raise UserError(f"pipeline x data x tensor = {pipeline} x {data} x {tensor} is not the world of {world} ranks")
+            sizes = f"{pipeline} x {data} x {tensor}"
+            raise UserError(f"pipeline x data x tensor = {sizes} is not the world of {world} ranks")
         if world == 1:
             one = Axis(0, 1, None)
             return cls(one, one, one, one, 0, 1, device)
         mesh = init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=("pp", "dp", "tp"))
         model = mesh["pp", "tp"]._flatten("model")
-        axes = [_axis(mesh[name]) for name in ("pp", "dp", "tp")]
-        return cls(*axes, _axis(model), dist.get_rank(), world, device)
+        pp, dp, tp = (_axis(mesh[name]) for name in ("pp", "dp", "tp"))
+        return cls(pp, dp, tp, _axis(model), dist.get_rank(), world, device)
 
     @property
     def coordinates(self) -> tuple[int, int, int]:

@@ -80,7 +80,7 @@ class RunPlan:
                     f"tokens, less than one global batch of {batch.global_samples}; give it more data (data.split), or "
                     "set train.validate_samples=0"
                 )
-        ramp = batch.ramp and (batch.ramp.start, batch.ramp.increment, batch.ramp.samples)
+        ramp = (batch.ramp.start, batch.ramp.increment, batch.ramp.samples) if batch.ramp else None
         batches = BatchSchedule(batch.global_samples, ramp)
         steps = config.train.steps or math.ceil((config.train.tokens or 0) / (batch.global_samples * batch.sequence))
         lr = LearningRate(
@@ -208,7 +208,7 @@ class Training:
         expected = self.plan.batches.first_sample(meta["step"])
         if receipt.samples != expected:
             raise UserError(
-                f"{source} had consumed {receipt.samples} samples at step {meta['step']}, but this config's batch sizes "
+                f"{source} had consumed {receipt.samples} samples at step {meta['step']}, but this config's batches "
                 f"would have consumed {expected}: batch.samples, batch.tokens and batch.ramp must stay as they were"
             )
         self.step, self.skipped, self.receipt = meta["step"], meta["skipped"], receipt
@@ -341,13 +341,11 @@ class Training:
         if self.plan.valid is None:
             return
         self.beat(self.step, "validation")
-        batch, dp = self.config.batch, self.engine.mesh.dp
+        batch, dp, vocabulary = self.config.batch, self.engine.mesh.dp, self.config.model.vocabulary
         wanted = max(1, self.config.train.validate_samples // batch.global_samples)
         count = min(wanted, self.plan.valid_batches)
         loss = self.engine.evaluate(
-            eval_batches(
-                self.plan.valid, count, batch.global_samples, batch.micro, dp.rank, dp.size, self.config.model.vocabulary
-            )
+            eval_batches(self.plan.valid, count, batch.global_samples, batch.micro, dp.rank, dp.size, vocabulary)
         )
         if self.leader:
             samples = count * batch.global_samples

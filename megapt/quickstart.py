@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -165,9 +166,8 @@ def _overrides(folder: Path, prefix: Path, tokenizer: Path) -> tuple[list[str], 
     if devices == 0:
         return overrides, 8
     # The preset's layout where it fits, else as much of it as there are devices.
-    data, tensor, pipeline = next(
-        layout for layout in ((2, 2, 2), (1, 2, 2), (1, 2, 1), (1, 1, 1)) if layout[0] * layout[1] * layout[2] <= devices
-    )
+    layouts = ((2, 2, 2), (1, 2, 2), (1, 2, 1), (1, 1, 1))
+    data, tensor, pipeline = next(sizes for sizes in layouts if math.prod(sizes) <= devices)
     layout = [f"parallel.data={data}", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
     return [*overrides, *layout, "precision=bf16"], data * tensor * pipeline
 
@@ -244,7 +244,7 @@ def _export(folder: Path, config: Config, tokenizer: Path) -> dict[str, Any]:
     source = checkpoint.resolve(config.run.folder)
     output = folder / f"hf-{source.name}"
     if not output.exists():
-        to_hf(source, output, tokenizer=tokenizer)
+        to_hf(source, output, tokenizer=str(tokenizer))
     difference = logit_difference(source, output)
     _say(f"export: {output}; largest logit difference to transformers {difference:.2e}")
     if difference > _TOLERANCE:

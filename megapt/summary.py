@@ -28,7 +28,8 @@ def print_summary(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
 
-    layout = f"{mesh.world} ranks on {mesh.device.type}: pipeline {mesh.pp.size} x data {mesh.dp.size} x tensor {mesh.tp.size}"
+    axes = f"pipeline {mesh.pp.size} x data {mesh.dp.size} x tensor {mesh.tp.size}"
+    layout = f"{mesh.world} ranks on {mesh.device.type}: {axes}"
     sequence = ", sequence parallel" if parallel.sequence_parallel and parallel.tensor > 1 else ""
     schedule = f", {parallel.schedule}" + (f" with {parallel.chunks} chunks" if parallel.chunks > 1 else "")
     table.add_row("layout", layout + sequence + (schedule if mesh.pp.size > 1 else ""))
@@ -51,7 +52,8 @@ def print_summary(
         "data",
         f"{samples_per_epoch:,} samples per epoch, {total_samples / samples_per_epoch:.2f} epochs in this run",
     )
-    table.add_row("optimizer", f"AdamW, lr {config.optimizer.lr:g}, {config.optimizer.schedule} to {config.optimizer.floor:g}; {zero}")
+    optimizer = config.optimizer
+    table.add_row("optimizer", f"AdamW, lr {optimizer.lr:g}, {optimizer.schedule} to {optimizer.floor:g}; {zero}")
     table.add_row("kernels", "; ".join(kernels(config, mesh)))
     table.add_row("peak", peak)
     Console(width=120, highlight=False).print(table)

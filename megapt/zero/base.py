@@ -65,7 +65,8 @@ class ZeroBackend(ABC):
 
     @abstractmethod
     def step(self, lr: float) -> StepResult:
-        """Complete this rank's gradients (`parallel.gradients`), reduce them over dp, take the global norm, clip, update, gather the new weights."""
+        """Complete this rank's gradients (`parallel.gradients`), reduce them over dp, take the global norm, clip,
+        update, gather the new weights."""
 
     @abstractmethod
     def fragments(self) -> Iterator[Fragment]:

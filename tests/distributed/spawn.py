@@ -62,7 +62,8 @@ def _rank(
         torch.set_num_threads(1)
         if world > 1:
             store = dist.FileStore(f"{folder}/store", world)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+            limit = timedelta(seconds=timeout)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
         result = function(rank, world, *args)
         if world > 1:
             dist.barrier()  # no rank leaves while others still talk to it

@@ -73,7 +73,13 @@ class Pipeline:
     """This rank's part of the pipeline: its chunks, driven by a schedule's actions."""
 
     def __init__(
-        self, chunks: nn.ModuleList, mesh: ParallelMesh, tp: TensorParallel, schedule: str, hidden: int, dtype: torch.dtype
+        self,
+        chunks: nn.ModuleList,
+        mesh: ParallelMesh,
+        tp: TensorParallel,
+        schedule: str,
+        hidden: int,
+        dtype: torch.dtype,
     ) -> None:
         self.chunks, self.mesh, self.tp = chunks, mesh, tp
         self.schedule, self.hidden, self.dtype = schedule, hidden, dtype
