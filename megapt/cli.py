@@ -1,0 +1,329 @@
+"""The command line: one command per job, each imported when it runs, so that `--help` loads none of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megapt.errors import UserError
+
+if TYPE_CHECKING:
+    from megapt.launcher import RankEnvironment
+
+app = typer.Typer(
+    name="megapt",
+    help="Pretrain large language models with tensor, pipeline and data parallelism, on CPUs and GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
+data_app = typer.Typer(help="Turn text into token files, and look at them.", no_args_is_help=True)
+convert_app = typer.Typer(help="Export checkpoints to other formats.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+app.add_typer(convert_app, name="convert")
+app.add_typer(bench_app, name="bench")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's, by dotted key."),
+]
+Inputs = Annotated[
+    list[Path], typer.Argument(metavar="INPUT...", help="Text files, .jsonl files, or folders of them.")
+]
+TextKey = Annotated[str, typer.Option(help="Key of the text in .jsonl files.")]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(metavar="CHECKPOINT", help="A run folder, its checkpoints folder, or one step's folder."),
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Tokenizer file; default: the one the run's config names.")
+]
+
+
+class TokenizerKind(StrEnum):
+    bpe = "bpe"
+    unigram = "unigram"
+
+
+class ExportDtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Show versions, devices and optional parts, and whether training can run here."""
+    from megapt import doctor as job
+
+    raise typer.Exit(job.main(as_json=json))
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the whole configuration with the origin of every value."""
+    from megapt.config import show
+
+    typer.echo(show(config, overrides or []))
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Option(help="YAML file of the run.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train in this process alone; for several ranks use launch/pretrain.sh."""
+    raise typer.Exit(_pretrain_rank(["--config", str(config), *(overrides or [])]))
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Inputs,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Number of tokens, special ones included.")],
+    output: Annotated[Path, typer.Option(help="File to write: .json for bpe, .model for unigram.")],
+    kind: Annotated[
+        TokenizerKind, typer.Option(help="Byte-level BPE, or SentencePiece's unigram.")
+    ] = TokenizerKind.bpe,
+    text_key: TextKey = "text",
+) -> None:
+    """Train a tokenizer on text."""
+    from megapt.data import tokenizers
+
+    train = tokenizers.train_bpe if kind is TokenizerKind.bpe else tokenizers.train_sentencepiece
+    trained = train(_texts(inputs, text_key), vocabulary, output)
+    typer.echo(f"{output}: {trained.vocabulary:,} tokens")
+
+
+@data_app.command("build")
+def data_build(
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
+    tokenizer: Annotated[
+        str, typer.Option(help='A tokenizer.json, a SentencePiece .model, a folder with one, or "bytes".')
+    ],
+    text_key: TextKey = "text",
+    append_eod: Annotated[
+        bool, typer.Option(help="End every document with the end-of-document token.")
+    ] = True,
+    eod: Annotated[
+        str | None, typer.Option(help="The end-of-document token; default: what the tokenizer says.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+) -> None:
+    """Tokenize text into a .bin/.idx pair."""
+    from megapt.data.build import build
+
+    report = build(
+        inputs,
+        output,
+        tokenizer,
+        text_key=text_key,
+        append_eod=append_eod,
+        workers=workers,
+        overwrite=overwrite,
+        eod=eod,
+    )
+    typer.echo(
+        f"{output}.bin, {output}.idx: {report.documents:,} documents, {report.tokens:,} tokens from "
+        f"{report.bytes:,} bytes in {report.files:,} files, {report.seconds:.1f} s"
+    )
+    if report.skipped:
+        typer.echo(f"{report.skipped:,} binary files were passed over", err=True)
+    if report.replaced:
+        typer.echo(f"{report.replaced:,} invalid characters became U+FFFD", err=True)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="The pair's name without .bin.")],
+) -> None:
+    """Print what a .bin/.idx pair holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megapt.data.indexed import IndexedReader
+
+    reader = IndexedReader(prefix)
+    table = Table(title=str(prefix), show_header=False)
+    table.add_row("documents", f"{reader.num_documents:,}")
+    table.add_row("sequences", f"{reader.num_sequences:,}")
+    table.add_row("tokens", f"{reader.num_tokens:,}")
+    table.add_row("dtype", str(reader.dtype))
+    table.add_row("fingerprint", reader.fingerprint())
+    Console().print(table)
+
+
+@convert_app.command("to-hf")
+def convert_to_hf(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
+    tokenizer: Tokenizer = None,
+    dtype: Annotated[ExportDtype, typer.Option(help="Type of the written weights.")] = ExportDtype.fp32,
+) -> None:
+    """Write a checkpoint as a Hugging Face transformers folder."""
+    from megapt.convert import to_hf
+
+    typer.echo(to_hf(checkpoint, output, tokenizer=tokenizer, dtype=dtype.value))
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Draw among this many likeliest tokens.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    tokenizer: Tokenizer = None,
+    parallel: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=N", help="tensor=N, pipeline=N: the layout of several ranks."),
+    ] = None,
+) -> None:
+    """Continue prompts with a trained model, in this process or in the ranks of torchrun."""
+    place = _prepare()
+    from megapt.generate import generate as job
+    from megapt.generate import parse_parallel
+
+    layout = parse_parallel(parallel or [])
+    texts = job(checkpoint, prompt, tokens, temperature, top_k, seed, tokenizer, layout)
+    if place.rank == 0:
+        for text in texts:
+            typer.echo(text)
+
+
+@bench_app.command("train")
+def bench_train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before those, not timed.")] = 5,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the result there.")
+    ] = None,
+) -> None:
+    """Time training steps of a configuration, in this process or in the ranks of torchrun."""
+    _prepare()
+    from megapt.bench import train
+
+    train(config, overrides or [], steps, warmup, json)
+
+
+@app.command()
+def quickstart(
+    workdir: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path(
+        "runs/quickstart"
+    ),
+    text: Annotated[
+        Path | None, typer.Option(help="Text to train on; default: the sources of Python's standard library.")
+    ] = None,
+) -> None:
+    """Go the whole way once: tokenizer, data, training, export, generation; minutes on a CPU."""
+    from megapt.quickstart import run
+
+    run(workdir, text=text)
+
+
+def main() -> None:
+    """Entry point of `megapt`: a broken rule is one message and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"megapt: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pretrain_script(script: str, arguments: Sequence[str]) -> int:
+    """The work of launch/pretrain.sh: train as the rank a launcher made this process, or start this machine's
+    ranks.
+
+    Returns the exit status; does not return where it starts ranks, since the launcher then takes this process
+    over.
+    """
+    from megapt.launcher import rank_environment
+
+    place = None
+    try:
+        place = rank_environment(os.environ)
+        if place.launcher == "single":
+            _start_local_ranks(script, arguments)
+        return _pretrain_rank(arguments)
+    except UserError as error:
+        who = f"rank {place.rank} of {place.world}: " if place and place.world > 1 else ""
+        print(f"megapt: error: {who}{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _texts(inputs: Sequence[Path], text_key: str) -> Iterator[str]:
+    """The texts of files and folders, long documents in parts."""
+    from megapt.data.pieces import list_files, read_parts, work_items
+
+    files, _ = list_files(inputs)
+    if not files:
+        raise UserError(f"no text files in {', '.join(map(str, inputs))}")
+    for item in work_items(files):
+        for piece in item:
+            yield from (part.text for part in read_parts(piece, text_key)[0])
+
+
+def _prepare() -> RankEnvironment:
+    """Before a job that computes is imported: torch reads the environment once."""
+    from megapt.launcher import prepare_rank
+
+    return prepare_rank(os.environ)
+
+
+def _pretrain_rank(arguments: Sequence[str]) -> int:
+    _prepare()
+    from megapt import pretrain as job
+
+    return job.main(list(arguments)) or 0
+
+
+def _start_local_ranks(script: str, arguments: Sequence[str]) -> None:
+    """Become the launcher of all ranks of this machine.
+
+    One per CUDA device; on the CPU as many as the layout needs. The config and its fit to that world are
+    checked here, where one message can say what is wrong.
+    """
+    import argparse
+
+    from megapt import launcher
+    from megapt.config import check_world, load
+
+    parser = argparse.ArgumentParser(
+        prog="launch/pretrain.sh", description="Train on this machine: starts its ranks.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--ranks", type=int, help="default: the visible CUDA devices; on the CPU what the layout needs"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    options = parser.parse_intermixed_args(arguments)
+
+    config = load(options.config, options.overrides).config
+    devices = launcher.visible_devices(os.environ)
+    layout = config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
+    ranks = (len(devices) or layout) if options.ranks is None else options.ranks
+    port = launcher.local_port(os.environ)
+    rank_arguments = ["--config", options.config, *options.overrides]
+    command = launcher.local_command(script, rank_arguments, ranks=ranks, devices=devices, port=port)
+    check_world(config, ranks)
+    if not devices:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.execv(command[0], command)
