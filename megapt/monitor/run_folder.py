@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -52,8 +53,11 @@ class RunFolder:
     earlier file and adds ``config.<n>.yaml`` and ``environment.<n>.json`` (n = 1, 2, ...) where they differ
     from the latest one, so the highest number is what runs now and the whole history stays readable.
 
+    Holds the folder's lock as long as it lives (the process, at most): two runs writing one curve and one set of
+    checkpoints would ruin both.
+
     Raises:
-        UserError: ``path`` exists and is not a folder, or cannot be made.
+        UserError: ``path`` exists and is not a folder, or cannot be made, or another run holds it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -64,6 +68,14 @@ class RunFolder:
             raise UserError(
                 f"run folder: {self.path} must be a folder that exists or can be made ({error.strerror}); "
                 f"name another one."
+            ) from error
+        self._lock = open(self.path / ".lock", "a")  # closing it gives the lock back
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise UserError(
+                f"run folder: another run is writing to {self.path}; wait for it, stop it, or name another folder"
             ) from error
 
     def record(self, config_text: str, environment: Mapping[str, Any]) -> None:

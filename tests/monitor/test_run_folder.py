@@ -14,7 +14,7 @@ from megapt.monitor.run_folder import RunFolder, describe_environment, git_state
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir() if path.name != ".lock"}
 
 
 def test_first_start_writes_both_files(tmp_path: Path) -> None:
@@ -23,6 +23,14 @@ def test_first_start_writes_both_files(tmp_path: Path) -> None:
     assert (folder.path / "config.yaml").read_text() == "a: 1\n"
     assert json.loads((folder.path / "environment.json").read_text()) == {"host": "node1"}
     assert names(folder.path) == {"config.yaml", "environment.json"}
+
+
+def test_two_runs_cannot_hold_one_folder(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    with pytest.raises(UserError, match="another run is writing"):
+        RunFolder(tmp_path)
+    del first
+    RunFolder(tmp_path)
 
 
 def test_resuming_unchanged_adds_nothing(tmp_path: Path) -> None:
