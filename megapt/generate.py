@@ -39,12 +39,10 @@ def generate(
     """
     environment, device = join()
     config = inference_config(checkpoint, environment.world, parallel)
-    path = str(tokenizer or config.data.tokenizer or "")
-    if not path or not Path(path).exists():
-        raise UserError(
-            f"the tokenizer {path or '(none named in the config)'} is not there; name it with --tokenizer"
-        )
-    text = load_tokenizer(path)
+    named = tokenizer or config.data.tokenizer
+    if named is None:
+        raise UserError(f"the config of {checkpoint} names no tokenizer; name one with --tokenizer")
+    text = load_tokenizer(named)
     engine = load_engine(checkpoint, config, environment.world, device)
     results = []
     for number, prompt in enumerate(prompts):

@@ -112,6 +112,8 @@ def _join_and_train(loaded: Loaded, plan: RunPlan, environment: RankEnvironment)
 
     limit = config.run.time_limit
     with (
+        # Outside the watchdog: a launcher that tells the survivors to stop must not keep them from naming who died.
+        StopRequest(limit * 60 if limit else None) as stop,
         Watchdog(
             environment.master_addr,
             environment.master_port,
@@ -121,18 +123,17 @@ def _join_and_train(loaded: Loaded, plan: RunPlan, environment: RankEnvironment)
             stall_timeout=config.run.stall_timeout,
             prefix=f"watchdog/{attempt}",
         ) as watchdog,
-        StopRequest(limit * 60 if limit else None) as stop,
     ):
         watchdog.beat(0, "building the model")
-        engine = Engine(config, environment.world, device)
-        training = Training(loaded, plan, engine, watchdog.beat, stop.reason)
         try:
+            engine = Engine(config, environment.world, device)
+            training = Training(loaded, plan, engine, watchdog.beat, stop.reason)
             training.start()
         except UserError as error:
             # Raised on all ranks alike: rank 0 says it, and nobody is to blame.
-            watchdog.close()
             if environment.rank == 0:
                 print(f"megapt: error: {error}", file=sys.stderr)
+            watchdog.close()
             return 2
         training.run()
     leave()
@@ -181,6 +182,9 @@ class Training:
             source = checkpoint.resolve(self.config.checkpoint.load)
             self._load(source, weights_only=True)
             origin = f"weights of {source}"
+        # The loader would meet token ids that the model does not know only once the run folder exists.
+        together.run(lambda: self.loader.step(self.step))
+        together.agree()
         if self.leader:
             together.run(lambda: self._open_run_folder(origin))
         together.agree()
@@ -223,9 +227,10 @@ class Training:
 
         config, mesh = self.config, self.engine.mesh
         layout = {"pipeline": mesh.pp.size, "data": mesh.dp.size, "tensor": mesh.tp.size}
-        run = RunFolder(self.folder)
-        run.record(dump(config), describe_environment(device=str(mesh.device), world_size=mesh.world, layout=layout))
+        self.run_folder = RunFolder(self.folder)  # kept, since it holds the folder's lock
         self.metrics = Metrics(self.folder, config.run.tensorboard, self.step + 1)
+        machines = describe_environment(device=str(mesh.device), world_size=mesh.world, layout=layout)
+        self.run_folder.record(dump(config), machines)
         given = config.run.peak_tflops
         peak, peak_text = peak_flops(mesh.device, given * 1e12 if given else None)
         sequence = config.batch.sequence
@@ -254,8 +259,6 @@ class Training:
         """Train until the last step or a stop request, validate, save."""
         config = self.config
         stop = _StopAgreement(self.engine)
-        saved = self.step
-        validated = -1
         interval_start, interval_step = time.perf_counter(), self.step
         while self.step < self.plan.steps:
             self.beat(self.step, "training")
@@ -267,28 +270,23 @@ class Training:
             self.unwritten.append((self.step, loss, result.grad_norm, result.skipped))
             stopping = stop.agreed(self.stop_reason())
 
-            due = self._due(config.checkpoint.every)
-            if due or stopping or self._due(config.run.log_every) or self.step == self.plan.steps:
+            last = self.step == self.plan.steps
+            validating = last or self._due(config.train.validate_every)
+            saving = last or stopping or self._due(config.checkpoint.every)
+            if saving or self._due(config.run.log_every):
                 now = time.perf_counter()
                 self._log(lr, now - interval_start, self.step - interval_step)
                 interval_start, interval_step = now, self.step
-            if self._due(config.train.validate_every):
+            if validating:
                 self._validate()
-                validated = self.step
-            if due or stopping:
-                self._save()
-                saved = self.step
-            if due or stopping or validated == self.step:
+            if saving:
+                self._save(final=last or stopping)
+            if validating or saving:
                 interval_start = time.perf_counter()
             if stopping:
                 if self.leader:
                     print(f"stopped at step {self.step}: {self.stop_reason() or 'asked for on another rank'}; saved")
                 break
-        else:
-            if validated != self.step:
-                self._validate()
-            if saved != self.step:
-                self._save()
         self.loader.close()
         if self.leader:
             self.metrics.close()
@@ -352,8 +350,9 @@ class Training:
             emit(f"step {self.step}/{self.plan.steps} | validation loss {loss:.4f} over {samples} samples")
             self.metrics.log(self.step, valid_loss=loss, valid_samples=samples)
 
-    def _save(self) -> None:
-        """Write a checkpoint. Collective. A failure to write leaves older ones whole and training going."""
+    def _save(self, final: bool) -> None:
+        """Write a checkpoint. Collective. A failure leaves older ones whole and, unless it was the final one, training
+        going."""
         from megapt import checkpoint
         from megapt.model.table import parameter_table
         from megapt.monitor.progress import emit
@@ -375,7 +374,7 @@ class Training:
                 folder, self.step, engine.backend.fragments(), engine.mesh, meta, parameter_table(self.config.model)
             )
         except UserError as error:
-            if self.step == self.plan.steps or self.stop_reason():
+            if final:
                 raise
             if self.leader:
                 emit(f"WARNING: {error}; training goes on, the next checkpoint is tried when it is due")

@@ -26,7 +26,7 @@ from megapt.launcher import local_port, visible_devices
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 PROMPTS = ("def __init__(self, ", "import os\n\n", "    return ")
-VOCABULARY = 2048
+VOCABULARY = 512
 _PIECE = 1 << 14  # characters of a document cut from a longer text
 _TOLERANCE = 1e-4  # largest difference of fp32 logits between transformers and us
 
@@ -45,7 +45,7 @@ def run(workdir: str | Path, text: str | Path | None = None) -> dict[str, Any]:
     prefix = _data(folder, corpus, tokenizer)
     overrides, ranks = _overrides(folder, prefix, tokenizer)
     config = load(CONFIG, overrides).config
-    _train(overrides, ranks)
+    _train(config, overrides, ranks)
     results = _training_results(config, ranks)
     results |= _baselines(config)
     results |= _export(folder, config, tokenizer)
@@ -172,8 +172,14 @@ def _overrides(folder: Path, prefix: Path, tokenizer: Path) -> tuple[list[str], 
     return [*overrides, *layout, "precision=bf16"], data * tensor * pipeline
 
 
-def _train(overrides: Sequence[str], ranks: int) -> None:
-    """`deepspeed launch/pretrain.sh` as a user would type it. A finished run returns at once."""
+def _train(config: Config, overrides: Sequence[str], ranks: int) -> None:
+    """`deepspeed launch/pretrain.sh` as a user would type it."""
+    from megapt import checkpoint
+
+    newest = checkpoint.find_latest(Path(config.run.folder) / "checkpoints")
+    if newest is not None and checkpoint.read_index(newest).step == config.train.steps:
+        _say(f"training: {newest} is there")
+        return
     environment = dict(os.environ)
     if not visible_devices(environ=environment):
         environment["DS_ACCELERATOR"] = "cpu"

@@ -30,6 +30,8 @@ class TokenDataset:
         self.reader = IndexedReader(prefix)
         self.split_name, self.sequence, self.seed = split_name, sequence, seed
         self.name = f"{self.reader.prefix} ({split_name})"
+        if not self.reader.num_sequences:
+            raise UserError(f"{self.reader.prefix} holds no tokens; build it from text that has some")
         ranges = split_ranges(split, self.reader.num_sequences, requested=(split_name,))
         first, last = ranges[SPLITS.index(split_name)]
         if first == last:

@@ -7,14 +7,17 @@ tokens, T = B x S (this rank's part of T between tensor-parallel regions under s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from megapt.config import ModelConfig
+from megapt.model.attention import causal_attention
 from megapt.model.norms import make_norm
-from megapt.model.positions import rotary_table, rotate
+from megapt.model.positions import Rotary, rotary_table
 from megapt.parallel.tensor import (
     ColumnParallelLinear,
     ParameterFactory,
@@ -30,22 +33,12 @@ class Attention(nn.Module):
 
     def __init__(self, model: ModelConfig, factory: ParameterFactory, at: str) -> None:
         super().__init__()
-        self.width, self.rotary = model.head_width, model.position == "rope"
         self.qkv = ColumnParallelLinear(factory, f"{at}.q", f"{at}.k", f"{at}.v")
         self.out = RowParallelLinear(factory, f"{at}.out")
-        self.heads, self.kv_heads = (w // self.width for w in self.qkv.widths[:2])
+        self.heads, self.kv_heads = (w // model.head_width for w in self.qkv.widths[:2])
 
-    def forward(self, x: Tensor, batch: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        qkv = self.qkv(x).view(batch, -1, self.heads + 2 * self.kv_heads, self.width)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if self.heads != self.kv_heads and q.device.type == "cpu":
-            # On CPU the kernel that never forms the S x S matrix wants as many key heads as query heads.
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != k.shape[1])
-        return self.out(y.transpose(1, 2).flatten(0, 1).flatten(1))
+    def forward(self, x: Tensor, batch: int, rotary: Rotary | None) -> Tensor:
+        return self.out(causal_attention(self.qkv(x), batch, self.heads, self.kv_heads, rotary))
 
 
 class MLP(nn.Module):
@@ -59,16 +52,44 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x)
-        if self.gated:
-            gate, up = y.chunk(2, dim=-1)
-            return self.down(_activate(gate, self.activation) * up)
-        return self.down(_activate(y, self.activation))
+        return self.down(_Gated.apply(y, self.activation) if self.gated else _activate(y, self.activation))
+
+
+class _Gated(Function):
+    """activation(gate) x up of [gate, up] as [T, 2F] -> [T, F].
+
+    The activation is computed again in the backward pass rather than kept, and both gradients land in one tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, activation: str) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(y)
+        gate, up = y.chunk(2, dim=-1)
+        return _activate(gate, activation).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        dy = torch.empty_like(y)
+        (gate, up), (dgate, dup) = y.chunk(2, dim=-1), dy.chunk(2, dim=-1)
+        torch.mul(_activate(gate, ctx.activation), grad, out=dup)
+        _activate_backward(grad * up, gate, ctx.activation, dgate)
+        return dy, None
 
 
 def _activate(x: Tensor, kind: str) -> Tensor:
+    return F.silu(x) if kind == "silu" else F.gelu(x, approximate=_APPROXIMATION[kind])
+
+
+def _activate_backward(grad: Tensor, x: Tensor, kind: str, out: Tensor) -> None:
     if kind == "silu":
-        return F.silu(x)
-    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=_APPROXIMATION[kind], grad_input=out)
+
+
+_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 class Layer(nn.Module):
@@ -80,7 +101,7 @@ class Layer(nn.Module):
         self.mlp_norm = make_norm(model, factory, f"{at}.mlp_norm")
         self.mlp = MLP(model, factory, f"{at}.mlp")
 
-    def forward(self, x: Tensor, batch: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, batch: int, rotary: Rotary | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), batch, rotary)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -12,6 +12,8 @@ from torch.autograd import Function
 
 from megapt.config import ModelConfig, RopeScaling
 
+Rotary = tuple[Tensor, Tensor]  # cosines and sines
+
 
 def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Angle per position of each of the width / 2 pairs: fp64 [width / 2]."""
@@ -28,7 +30,7 @@ def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -
 
 
 @lru_cache(maxsize=16)
-def rotary_table(model: ModelConfig, sequence: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(model: ModelConfig, sequence: int, device: torch.device, dtype: torch.dtype) -> Rotary:
     """Cosines and sines of positions 0 .. sequence - 1: two [sequence, 1, head_width / 2]."""
     frequency = inverse_frequencies(model.head_width, model.rope_theta, model.rope_scaling)
     angle = torch.outer(torch.arange(sequence, dtype=torch.float64), frequency).unsqueeze(1)
@@ -41,23 +43,27 @@ class _Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return turn(x, (cos, sin), torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
+        return turn(grad, (cos, -sin), torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    half = x.shape[-1] // 2
-    out[..., :half] = a * cos - b * sin
-    out[..., half:] = b * cos + a * sin
+def turn(x: Tensor, table: Rotary, out: Tensor) -> Tensor:
+    """Write x [B, S, heads, width] turned by its positions into `out` and return it."""
+    cos, sin = table
+    # On the CPU, sequence by sequence: what lies between is then still in the cache.
+    rows = 1 if x.device.type == "cpu" else x.shape[0]
+    for source, target in zip(x.split(rows), out.split(rows), strict=True):
+        a, b = source.to(cos.dtype).chunk(2, dim=-1)
+        left, right = target.chunk(2, dim=-1)
+        left.copy_((a * cos).addcmul_(b, sin, value=-1))
+        right.copy_((b * cos).addcmul_(a, sin))
     return out
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: Rotary) -> Tensor:
     """x [B, S, heads, width] turned by its positions, in the table's precision, back in its own."""
     return _Rotate.apply(x, *table)

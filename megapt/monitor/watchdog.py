@@ -50,7 +50,8 @@ class Watchdog:
         describe: a rank in words, such as ``"rank 5 (pp 1, dp 0, tp 1)"``; the host and the process id of a
             rank are added from its heartbeat.
         interval: seconds between two heartbeats. Verdicts are looked for every ``min(interval, 1)`` seconds.
-        timeout: seconds without a heartbeat after which a rank is missing; at least three intervals.
+        timeout: seconds without a heartbeat after which a rank is missing; at least three intervals. The default
+            leaves time to say so before the 30 s are over that torchrun and DeepSpeed's launcher give the others.
         stall_timeout: seconds in which no rank calls ``beat`` after which the run is stuck; ``None`` turns it
             off. Must exceed the longest phase: a first compile, a validation without ``beat``, a save.
         start_timeout: like ``timeout``, for a rank whose first heartbeat has not come, and for the store
@@ -71,8 +72,8 @@ class Watchdog:
         world: int,
         describe: Callable[[int], str],
         *,
-        interval: float = 5.0,
-        timeout: float = 30.0,
+        interval: float = 3.0,
+        timeout: float = 20.0,
         stall_timeout: float | None = 1800.0,
         start_timeout: float = 300.0,
         prefix: str = "watchdog",

@@ -248,8 +248,9 @@ class VocabularyEmbedding(nn.Module):
 class _LinearCrossEntropy(Function):
     """Sum over tokens of -log softmax(h W^T)[label], the vocabulary cut over tensor ranks.
 
-    Logits exist for one block of tokens at a time. Their gradient is known as soon as they are, so it is turned
-    into those of h and W at once, and the backward pass only scales: no logits are kept or computed twice.
+    Logits exist for one block of tokens at a time. Their gradient is known as soon as they are, so it takes their
+    place and is turned into those of h and W at once, and the backward pass only scales: no logits are kept or
+    computed twice.
     """
 
     @staticmethod
@@ -258,19 +259,20 @@ class _LinearCrossEntropy(Function):
     ) -> Tensor:
         training = any(ctx.needs_input_grad)
         h = tp.gather(h)
-        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(h.dtype, torch.float32)
         dh = torch.empty_like(h) if training else None
-        dw = torch.zeros(weight.shape, dtype=wide, device=weight.device) if training else None
+        dw: Tensor | None = None
         total = torch.zeros((), dtype=wide, device=h.device)
         block = max(1, _BLOCK_ELEMENTS // weight.shape[0])
+        buffer = h.new_empty(min(block, h.shape[0]), weight.shape[0])
         for at in range(0, h.shape[0], block):
             rows = slice(at, at + block)
-            logits = h[rows] @ weight.t()
-            loss, dlogits = _softmax_loss(logits, labels[rows], tp, start, length, training)
-            total += loss
-            if dh is not None and dw is not None and dlogits is not None:
-                torch.mm(dlogits, weight, out=dh[rows])
-                dw += dlogits.t() @ h[rows]
+            logits = torch.mm(h[rows], weight.t(), out=buffer[: h[rows].shape[0]])
+            total += _softmax_loss_(logits, labels[rows], tp, start, length, training)
+            if dh is not None:
+                torch.mm(logits, weight, out=dh[rows])
+                product = logits.t() @ h[rows]
+                dw = product.to(wide) if dw is None else dw.add_(product)
         ctx.tp = tp
         if dh is not None and dw is not None:
             ctx.save_for_backward(tp.reduce(dh), dw.to(weight.dtype))
@@ -282,41 +284,40 @@ class _LinearCrossEntropy(Function):
         return dh * grad.to(dh.dtype), dw * grad.to(dw.dtype), None, None, None, None
 
 
-_BLOCK_ELEMENTS = 1 << 23  # logits per block
+_BLOCK_ELEMENTS = 1 << 23  # logits of a block of matrix products
+_CACHED_ELEMENTS = 1 << 18  # of which a CPU's cores can hold so many, in fp32, while they are worked on
 
 
-def _softmax_loss(
+def _softmax_loss_(
     logits: Tensor, labels: Tensor, tp: TensorParallel, start: int, length: int, training: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Loss summed over the tokens of a block [T, V local] and, when training, its gradient with respect to them.
+) -> Tensor:
+    """Loss summed over the tokens of a block of logits [T, V local], in whose place their gradient is left if training.
 
-    Each rank's maximum, sum of exponentials and target logit travel in one all-gather of [3, T].
+    Each rank's log-sum-exp and target logit travel in one all-gather of [2, T].
     """
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scores = logits.to(wide)
-    scores[:, length:] = float("-inf")  # padded rows take no part
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits[:, length:] = float("-inf")  # padded rows take no part
     target = labels - start
     mine = (target >= 0) & (target < length)
-    at = target.clamp(0, max(length - 1, 0)).unsqueeze(1)
-    picked = scores.gather(1, at).squeeze(1).masked_fill(~mine, 0)
-    # A rank may hold padding only: its maximum is then -inf, which must not reach a difference of infinities.
-    top = scores.amax(1).clamp_min(torch.finfo(wide).min)
-    exp = scores.sub_(top.unsqueeze(1)).exp_()
-    stats = torch.stack([top, exp.sum(1), picked])
+    at = torch.arange(len(labels), device=labels.device), target.clamp(0, max(length - 1, 0))
+    picked = logits[at].to(wide).masked_fill(~mine, 0)
+    cached = max(1, _CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
+    pieces = logits.split(cached)
+    stats = torch.stack([torch.cat([piece.to(wide).logsumexp(1) for piece in pieces]), picked])
     if tp.axis.size > 1:
         every = stats.new_empty(tp.axis.size, *stats.shape)
         all_gather(every.view(-1, stats.shape[1]), stats, group=tp.axis.group)
+        lse, score = every[:, 0].logsumexp(0), every[:, 1].sum(0)
     else:
-        every = stats.unsqueeze(0)
-    highest = every[:, 0].amax(0)
-    denominator = (every[:, 1] * (every[:, 0] - highest).exp()).sum(0)
+        lse, score = stats
     counted = labels != IGNORE
-    loss = ((denominator.log() + highest - every[:, 2].sum(0)) * counted).sum()
-    if not training:
-        return loss, None
-    exp *= ((top - highest).exp() / denominator * counted).unsqueeze(1)
-    exp.scatter_add_(1, at, -(mine & counted).to(wide).unsqueeze(1))
-    return loss, exp.to(logits.dtype)
+    if training:
+        # A token without loss has probability exp(x - infinity) = 0 and gradient 0 everywhere.
+        shift = lse.masked_fill(~counted, float("inf")).unsqueeze(1)
+        for piece, its_shift in zip(pieces, shift.split(cached), strict=True):
+            piece.copy_((piece.to(wide) - its_shift).exp_())
+        logits[at] = torch.where(mine & counted, (score - lse).expm1().to(logits.dtype), logits[at])
+    return ((lse - score) * counted).sum()
 
 
 class VocabularyHead(nn.Module):

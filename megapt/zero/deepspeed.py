@@ -11,8 +11,13 @@ a group of one rank, after we have summed the gradients over data-parallel ranks
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import io
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +39,7 @@ _BUCKET = 50_000_000  # elements of one collective
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # What is used of DeepSpeed's wrapped optimizers beyond its documented interface, and where each keeps its masters.
-_COMMON = ("optimizer", "overflow", "_global_grad_norm")
+_COMMON = ("optimizer", "overflow", "_grad_acc_hooks")
 _FRAGMENTS = ("_lazy_init_hp_params_optimizer_state", "update_lp_params")
 _HOOKS = (
     "enter_backward",
@@ -59,6 +64,7 @@ _PRIVATE = {
         *_FRAGMENTS,
         *_HOOKS,
         "bit16_groups",
+        "use_grad_accum_attribute",
         "averaged_gradients",
         "all_grad_tensors",
         "reduce_gradients",
@@ -84,8 +90,9 @@ _MASTERS = {
 class DeepSpeedBackend(ZeroBackend):
     """See ZeroBackend; `stage` is 0 to 3, or 0 or 1 where the mesh has a pipeline.
 
-    Masters and moments are fp32. Stages 0 and 1 accumulate and reduce gradients in fp32; in stages 2 and 3 a
-    micro-batch's gradient has the weights' precision, and its sum over ranks and micro-batches is fp32.
+    Masters and moments are fp32, for fp64 weights too: those become fp32 numbers at the first update. Stages 0 and 1
+    accumulate gradients in fp32 (fp64 for fp64 weights) and reduce them in fp32. In stages 2 and 3 a micro-batch's
+    gradient has the weights' precision, and its sum over ranks and micro-batches is fp32.
 
     chunks: this rank's model chunks, on its device; in stage 3 exactly one, whose parameters have no storage outside
     its forward and backward pass from now on (their table row, shard and owner stay readable).
@@ -116,15 +123,22 @@ class DeepSpeedBackend(ZeroBackend):
             p.model_parallel = p.shard.primary  # type: ignore[attr-defined]
         groups, fillers = self._groups()
         model = chunks[0] if stage == 3 else nn.ModuleDict({"chunks": chunks, "fillers": fillers})
-        adamw = torch.optim.AdamW(groups, lr=0.0, betas=tuple(optimizer.betas), eps=optimizer.eps, fused=True)
-        data = mesh.dp if stage else Axis(0, 1, _group_of_one(mesh.rank))
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            args=SimpleNamespace(device_rank=mesh.device.index or 0),
-            model=model,
-            optimizer=adamw,
-            mpu=_ParallelUnit(mesh, data),
-            config=self._config(),
-        )
+        beta1, beta2 = optimizer.betas
+        adamw = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=optimizer.eps, fused=True)
+        unit = _ParallelUnit(mesh, mesh.dp if stage else _axis_of_one(mesh))
+        config = self._config()
+        with _quiet():
+            if stage == 3 and self._dtype == torch.float64:
+                # DeepSpeed partitions weights of any precision, but only where it is told another one.
+                group = unit.get_data_parallel_group()  # type: ignore[attr-defined]
+                deepspeed.zero.Init(model, group, mpu=unit, config_dict_or_path=config, dtype=torch.float32)
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                args=SimpleNamespace(device_rank=mesh.device.index or 0),
+                model=model,
+                optimizer=adamw,
+                mpu=unit,
+                config=config,
+            )
         self._kind = self._probe()
         self._create_state()
         self._gradients = _MainGrads(self, self._zero) if stage < 2 else _Hooks(self, self._zero)
@@ -142,11 +156,12 @@ class DeepSpeedBackend(ZeroBackend):
                 fillers.append(torch.zeros(1, dtype=self._dtype, device=self.mesh.device))
                 members = [fillers[-1]]
             if members:
-                groups.append({"params": members, "weight_decay": self.optimizer.weight_decay if decays else 0.0})
+                groups.append(
+                    {"params": members, "weight_decay": self.optimizer.weight_decay if decays else 0.0}
+                )
         return groups, fillers
 
     def _config(self) -> dict[str, Any]:
-        cuda = self.mesh.device.type == "cuda"
         vectors = [p.numel() for p in self._owned if p.dim() == 1]
         return {
             "train_micro_batch_size_per_gpu": 1,
@@ -163,7 +178,6 @@ class DeepSpeedBackend(ZeroBackend):
                 "reduce_bucket_size": _BUCKET,
                 "allgather_bucket_size": _BUCKET,
                 "contiguous_gradients": self.stage > 1,
-                "overlap_comm": cuda and self.stage > 1,
                 # Vectors stay whole on every rank: gathering them would cost more in latency than in memory.
                 "stage3_param_persistence_threshold": max(vectors, default=0),
                 # It would replace torch's F.linear for the whole process; our layers own their backward pass.
@@ -237,7 +251,9 @@ class DeepSpeedBackend(ZeroBackend):
         width = tensors["weight"].numel()
         start = self.mesh.dp.rank * width
         numel = min(width, torch.Size(p.shard.shape).numel() - start)
-        return Fragment(p, start, numel, {name: t[:numel] for name, t in tensors.items()}) if numel > 0 else None
+        return (
+            Fragment(p, start, numel, {name: t[:numel] for name, t in tensors.items()}) if numel > 0 else None
+        )
 
     @torch.no_grad()
     def loaded(self, updates: int) -> None:
@@ -260,28 +276,35 @@ class DeepSpeedBackend(ZeroBackend):
         return self._updates
 
     def describe(self) -> str:
-        kept = ("nothing", "optimizer state", "optimizer state and gradients", "optimizer state, gradients and weights")
-        where = f"{kept[self.stage]} sharded over {self.mesh.dp.size} ranks"
-        return f"DeepSpeed {self.version} ZeRO {self.stage}: {where}, fp32 masters and reduction, AdamW"
+        parts = ("optimizer state", "gradients", "weights")[: self.stage]
+        where = (
+            f"{' and '.join(parts)} sharded over {self.mesh.dp.size} ranks" if parts else "nothing sharded"
+        )
+        weights = " of fp64 weights" if self._dtype == torch.float64 else ""
+        return f"DeepSpeed {self.version} ZeRO {self.stage}: {where}, fp32 masters{weights}, fp32 reduction, AdamW"
 
 
 class _MainGrads:
     """Stages 0 and 1: gradients accumulate in `main_grad`, and DeepSpeed gets them whole at the step.
 
-    In bf16 `main_grad` is DeepSpeed's own fp32 gradient buffer; in fp32 it becomes `.grad` at the step.
+    In bf16 `main_grad` is DeepSpeed's own fp32 gradient buffer; in fp32 it becomes `.grad` at the step, in fp64 an
+    fp32 copy of it becomes `.grad_accum`.
     """
 
     def __init__(self, backend: DeepSpeedBackend, zero: Any) -> None:
         self.backend, self.zero = backend, zero
         self.bf16 = hasattr(zero, "bf16_groups")
+        for hook in zero._grad_acc_hooks:  # in fp64: they would take the gradients in fp32
+            hook.remove()
         self.handed: list[Parameter] = []
         self.flat: list[Tensor] = zero.fp32_groups_gradients_flat if self.bf16 else []
         for index, group in enumerate(zero.bf16_groups if self.bf16 else zero.bit16_groups):
             if self.bf16:
                 pieces = zero.fp32_groups_gradients[index]
             else:
-                self.flat.append(torch.zeros(sum(p.numel() for p in group), device=group[0].device))
-                pieces = self.flat[-1].split([p.numel() for p in group])
+                sizes, first = [p.numel() for p in group], group[0]
+                self.flat.append(torch.zeros(sum(sizes), dtype=first.dtype, device=first.device))
+                pieces = self.flat[-1].split(sizes)
             for p, piece in zip(group, pieces, strict=True):
                 p.main_grad = piece.view(p.shape)
             self.handed += group
@@ -305,7 +328,10 @@ class _MainGrads:
                 has_gradient[:] = [True] * len(has_gradient)
         else:
             for p in self.handed:
-                p.grad = p.main_grad
+                if self.zero.use_grad_accum_attribute:
+                    p.grad_accum = p.main_grad.float()  # type: ignore[attr-defined]
+                else:
+                    p.grad = p.main_grad
 
 
 class _Hooks:
@@ -326,7 +352,9 @@ class _Hooks:
         zero.register_grad_acc_post_hook(self._end_of_backward)
         zero.enter_backward()
         if self.stage == 3:
-            zero.override_loss_scale(1.0 / backend.mesh.dp.size)  # it averages over ranks; this makes it a sum
+            zero.override_loss_scale(
+                1.0 / backend.mesh.dp.size
+            )  # it averages over ranks; this makes it a sum
 
     def begin(self) -> None:
         self.zero.zero_grad()
@@ -384,14 +412,11 @@ def _answer(value: Any) -> Callable[[], Any]:
 
 def _check(stage: int, mesh: ParallelMesh, chunks: nn.ModuleList, owned: Sequence[Parameter]) -> torch.dtype:
     """The one precision of the weights; UserError for what DeepSpeed does not compute."""
-    dtypes = {p.dtype for p in owned}
-    if torch.float64 in dtypes:
-        raise UserError(
-            "DeepSpeed keeps master weights, moments and reduced gradients in fp32, so precision = fp64 would not be "
-            "fp64: set zero.backend = native (stages 0 and 1), or precision = fp32 or bf16"
-        )
     if stage > 1 and mesh.pp.size > 1:
-        raise UserError(f"ZeRO {stage} does not work with pipeline = {mesh.pp.size}; use stage 0 or 1, or pipeline = 1")
+        raise UserError(
+            f"ZeRO {stage} does not work with pipeline = {mesh.pp.size}; use stage 0 or 1, or pipeline = 1"
+        )
+    dtypes = {p.dtype for p in owned}
     assert len(dtypes) == 1 and (stage < 3 or len(chunks) == 1)
     return dtypes.pop()
 
@@ -399,7 +424,10 @@ def _check(stage: int, mesh: ParallelMesh, chunks: nn.ModuleList, owned: Sequenc
 def _load(device: torch.device) -> Any:
     """DeepSpeed for this device, without a compiler, and with a process group to work in."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        # It takes the device's number from here, which is another one where a rank sees its own device only.
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -408,6 +436,11 @@ def _load(device: torch.device) -> Any:
         raise UserError(
             f"DeepSpeed works on {accelerator}, but this run on {device.type}; set DS_ACCELERATOR={device.type}"
         )
+    # An engine imports it as it is collected as garbage: within another import, Python 3.11 does not stand that.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("deepspeed.utils.pin_memory")
+    for handler in deepspeed.utils.logger.handlers:
+        handler.setStream(sys.stderr)
     if device.type == "cpu":
         # It would be compiled at start by g++ and ninja, and serves gloo's collectives only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -417,5 +450,20 @@ def _load(device: torch.device) -> Any:
     return deepspeed
 
 
-def _group_of_one(rank: int) -> dist.ProcessGroup:
-    return dist.new_group([rank], use_local_synchronization=True)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints its memory use while it starts: a matter for the debug log."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield
+    for line in said.getvalue().splitlines():
+        logging.getLogger(__name__).debug("%s", line)
+
+
+def _axis_of_one(mesh: ParallelMesh) -> Axis:
+    """An axis with this rank alone. Collective over the world."""
+    for axis in (mesh.dp, mesh.tp, mesh.pp):
+        if axis.size == 1:
+            return axis
+    # Made by all ranks together: NCCL splits the new groups off the world's.
+    return Axis(0, 1, dist.new_subgroups(group_size=1)[0])
