@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from megapt.config import ModelConfig
 from megapt.model.attention import causal_attention
-from megapt.model.norms import make_norm
+from megapt.model.norms import make_norm, row_blocks
 from megapt.model.positions import Rotary, rotary_table
 from megapt.parallel.tensor import (
     ColumnParallelLinear,
@@ -66,15 +66,18 @@ class _Gated(Function):
         ctx.activation = activation
         ctx.save_for_backward(y)
         gate, up = y.chunk(2, dim=-1)
-        return _activate(gate, activation).mul_(up)
+        out = y.new_empty(up.shape)
+        for g, u, o in row_blocks(gate, up, out):
+            torch.mul(_activate(g, activation), u, out=o)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (y,) = ctx.saved_tensors
         dy = torch.empty_like(y)
-        (gate, up), (dgate, dup) = y.chunk(2, dim=-1), dy.chunk(2, dim=-1)
-        torch.mul(_activate(gate, ctx.activation), grad, out=dup)
-        _activate_backward(grad * up, gate, ctx.activation, dgate)
+        for g, u, dg, du, d in row_blocks(*y.chunk(2, dim=-1), *dy.chunk(2, dim=-1), grad):
+            torch.mul(_activate(g, ctx.activation), d, out=du)
+            _activate_backward(d * u, g, ctx.activation, dg)
         return dy, None
 
 

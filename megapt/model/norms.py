@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class _CpuRMSNorm(Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         w = weight.to(wide)
         y, scale = torch.empty_like(x), x.new_empty(x.shape[0], 1, dtype=wide)
-        for x_part, y_part, r in zip(*_row_blocks(x, y, scale), strict=True):
+        for x_part, y_part, r in row_blocks(x, y, scale):
             x_wide = x_part.to(wide)
             torch.linalg.vector_norm(x_wide, dim=1, keepdim=True, out=r)
             r.square_().div_(x.shape[1]).add_(eps).rsqrt_()
@@ -50,7 +51,7 @@ class _CpuRMSNorm(Function):
         x, weight, scale = ctx.saved_tensors
         w = weight.to(scale.dtype)
         dx, dw = torch.empty_like(x), torch.zeros_like(w)
-        for x_part, g_part, dx_part, r in zip(*_row_blocks(x, grad, dx, scale), strict=True):
+        for x_part, g_part, dx_part, r in row_blocks(x, grad, dx, scale):
             x_wide, g = x_part.to(w.dtype), g_part.to(w.dtype)
             product = g * x_wide
             dw.addmv_(product.t(), r.squeeze(1))
@@ -60,12 +61,14 @@ class _CpuRMSNorm(Function):
         return dx, dw.to(weight.dtype), None
 
 
-def _row_blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    rows = max(1, _BLOCK // tensors[0].shape[1])
-    return [t.split(rows) for t in tensors]
+def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of several matrices: all at once on a GPU, on a CPU as many as stay in its cache."""
+    first = tensors[0]
+    rows = max(1, _CACHED_ELEMENTS // first.shape[1]) if first.device.type == "cpu" else max(1, first.shape[0])
+    return zip(*(t.split(rows) for t in tensors), strict=True)
 
 
-_BLOCK = 1 << 18  # elements of a block: a few of them fit a core's cache
+_CACHED_ELEMENTS = 1 << 17
 
 
 class LayerNorm(nn.Module):

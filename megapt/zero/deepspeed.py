@@ -18,6 +18,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -440,7 +441,10 @@ def _load(device: torch.device) -> Any:
     with contextlib.suppress(ImportError):
         importlib.import_module("deepspeed.utils.pin_memory")
     for handler in deepspeed.utils.logger.handlers:
-        handler.setStream(sys.stderr)
+        if type(handler) is logging.StreamHandler:  # its own; others may have added theirs
+            handler.setStream(sys.stderr)
+    # torch 2.13 renamed collectives that DeepSpeed calls by their old names, and would say so on every rank.
+    warnings.filterwarnings("ignore", r".*is deprecated. Please use `torch.distributed", FutureWarning)
     if device.type == "cpu":
         # It would be compiled at start by g++ and ninja, and serves gloo's collectives only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
