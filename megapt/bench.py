@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +95,24 @@ def train(
 
 
 def time_steps(engine: Engine, steps: int, warmup: int) -> list[float]:
-    """Wall time of each step, the device's work included."""
+    """Wall time of each step, from one step's end to the next one's: loading and the device's work included."""
+    ends = [time.perf_counter()]
+    for _ in islice(endless_steps(engine), warmup + steps):
+        ends.append(time.perf_counter())
+    return [end - start for start, end in pairwise(ends)][warmup:]
+
+
+def endless_steps(engine: Engine) -> Iterator[None]:
+    """Trains on random tokens; each item is a finished step."""
     config: Config = engine.config
+    device, dp = engine.mesh.device, engine.mesh.dp
     tokens = RandomTokens(config.model.vocabulary, config.batch.sequence)
-    dp = engine.mesh.dp
     schedule = BatchSchedule(config.batch.global_samples, None)
-    seconds = []
-    with StepLoader(
-        tokens, schedule, config.batch.micro, dp.rank, dp.size, config.model.vocabulary
-    ) as loader:
-        for step in range(warmup + steps):
-            batch = loader.step(step)
-            _wait(engine.mesh.device)
-            started = time.perf_counter()
-            engine.train_step(batch, config.optimizer.lr)
-            _wait(engine.mesh.device)
-            if step >= warmup:
-                seconds.append(time.perf_counter() - started)
-    return seconds
+    with StepLoader(tokens, schedule, config.batch.micro, dp.rank, dp.size, config.model.vocabulary) as loader:
+        for step in count():
+            engine.train_step(loader.step(step), config.optimizer.lr)
+            _wait(device)
+            yield
 
 
 def gemm_flops(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:

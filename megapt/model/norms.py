@@ -64,11 +64,12 @@ class _CpuRMSNorm(Function):
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of several matrices: all at once on a GPU, on a CPU as many as stay in its cache."""
     first = tensors[0]
-    rows = max(1, _CACHED_ELEMENTS // first.shape[1]) if first.device.type == "cpu" else max(1, first.shape[0])
+    cached = _CACHED_ELEMENTS * torch.get_num_threads() if first.device.type == "cpu" else first.numel()
+    rows = max(1, cached // first.shape[1])
     return zip(*(t.split(rows) for t in tensors), strict=True)
 
 
-_CACHED_ELEMENTS = 1 << 17
+_CACHED_ELEMENTS = 1 << 17  # per thread
 
 
 class LayerNorm(nn.Module):

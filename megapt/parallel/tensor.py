@@ -285,7 +285,7 @@ class _LinearCrossEntropy(Function):
 
 
 _BLOCK_ELEMENTS = 1 << 23  # logits of a block of matrix products
-_CACHED_ELEMENTS = 1 << 18  # of which a CPU's cores can hold so many, in fp32, while they are worked on
+_CACHED_ELEMENTS = 1 << 17  # of which a CPU's core can hold so many in its cache while it works on them
 
 
 def _softmax_loss_(
@@ -293,7 +293,7 @@ def _softmax_loss_(
 ) -> Tensor:
     """Loss summed over the tokens of a block of logits [T, V local], in whose place their gradient is left if training.
 
-    Each rank's log-sum-exp and target logit travel in one all-gather of [2, T].
+    Each rank's maximum, sum of exponentials and target logit travel in one all-gather of [3, T].
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits[:, length:] = float("-inf")  # padded rows take no part
@@ -301,23 +301,28 @@ def _softmax_loss_(
     mine = (target >= 0) & (target < length)
     at = torch.arange(len(labels), device=labels.device), target.clamp(0, max(length - 1, 0))
     picked = logits[at].to(wide).masked_fill(~mine, 0)
-    cached = max(1, _CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else logits.shape[0]
-    pieces = logits.split(cached)
-    stats = torch.stack([torch.cat([piece.to(wide).logsumexp(1) for piece in pieces]), picked])
+    cached = _CACHED_ELEMENTS * torch.get_num_threads() if logits.device.type == "cpu" else logits.numel()
+    pieces = logits.split(max(1, cached // logits.shape[1]))
+    # A rank may hold padding only: its maximum is then -inf, which must not reach a difference of infinities.
+    top = logits.amax(1).to(wide).clamp_min(torch.finfo(wide).min)
+    tops = top.unsqueeze(1).split(len(pieces[0]))
+    sums = [(piece.to(wide) - its_top).exp_().sum(1) for piece, its_top in zip(pieces, tops, strict=True)]
+    stats = torch.stack([top, torch.cat(sums), picked])
     if tp.axis.size > 1:
         every = stats.new_empty(tp.axis.size, *stats.shape)
         all_gather(every.view(-1, stats.shape[1]), stats, group=tp.axis.group)
-        lse, score = every[:, 0].logsumexp(0), every[:, 1].sum(0)
     else:
-        lse, score = stats
+        every = stats.unsqueeze(0)
+    highest = every[:, 0].amax(0)
+    denominator = (every[:, 1] * (every[:, 0] - highest).exp()).sum(0)
+    losses = (highest - every[:, 2].sum(0)) + denominator.log()
     counted = labels != IGNORE
     if training:
-        # A token without loss has probability exp(x - infinity) = 0 and gradient 0 everywhere.
-        shift = lse.masked_fill(~counted, float("inf")).unsqueeze(1)
-        for piece, its_shift in zip(pieces, shift.split(cached), strict=True):
-            piece.copy_((piece.to(wide) - its_shift).exp_())
-        logits[at] = torch.where(mine & counted, (score - lse).expm1().to(logits.dtype), logits[at])
-    return ((lse - score) * counted).sum()
+        factor = ((top - highest).exp() / denominator * counted).unsqueeze(1)
+        for piece, its_top, its_factor in zip(pieces, tops, factor.split(len(pieces[0])), strict=True):
+            piece.copy_((piece.to(wide) - its_top).exp_().mul_(its_factor))
+        logits[at] = torch.where(mine & counted, (-losses).expm1().to(logits.dtype), logits[at])
+    return (losses * counted).sum()
 
 
 class VocabularyHead(nn.Module):

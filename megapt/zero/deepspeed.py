@@ -164,6 +164,7 @@ class DeepSpeedBackend(ZeroBackend):
 
     def _config(self) -> dict[str, Any]:
         vectors = [p.numel() for p in self._owned if p.dim() == 1]
+        bucket = min(_BUCKET, sum(p.numel() for p in self._owned))  # a small model needs no large buffers
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -176,8 +177,8 @@ class DeepSpeedBackend(ZeroBackend):
             "timers": {"throughput": {"enabled": False}},  # it would wait for the device in every forward
             "zero_optimization": {
                 "stage": max(self.stage, 1),
-                "reduce_bucket_size": _BUCKET,
-                "allgather_bucket_size": _BUCKET,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
                 "contiguous_gradients": self.stage > 1,
                 # Vectors stay whole on every rank: gathering them would cost more in latency than in memory.
                 "stage3_param_persistence_threshold": max(vectors, default=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +153,7 @@ class Trainer:
 def train_many(rank: int, world: int, trees: list[dict[str, Any]], steps: int = 5) -> list[Result]:
     """Several layouts of one world, one after the other in the same processes."""
     torch.use_deterministic_algorithms(True)
+    gc.freeze()  # DeepSpeed collects garbage often; what was imported is none
     results = []
     for one in trees:
         trainer, result = Trainer(from_tree(one).config, world), Result()

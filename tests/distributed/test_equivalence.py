@@ -17,12 +17,15 @@ LAYOUTS = [(tp, pp, dp) for tp in (1, 2) for pp in (1, 2) for dp in (1, 2)]
 
 
 def cases(precision: str) -> dict[int, list[dict[str, Any]]]:
-    """The matrix {tp} x {pp} x {dp} x {schedule} x {ZeRO stage and backend} x {model}, by world size."""
+    """The matrix {tp} x {pp} x {dp} x {schedule} x {ZeRO stage and backend}, by world size: in fp64 on the untied model
+    and in fp32 on the tied one, and in each the sharding stages on the other model too."""
     by_world: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    whole = LLAMA if precision == "fp64" else GPT2
     for model in MODELS.values():
         for tp, pp, dp in LAYOUTS:
-            stages = [("native", 0), ("native", 1), ("deepspeed", 0), ("deepspeed", 1)]
-            stages += [("deepspeed", 2), ("deepspeed", 3)] if pp == 1 else []
+            stages = [("native", 1), ("deepspeed", 1)]
+            stages += [("native", 0), ("deepspeed", 0)] if model is whole else []
+            stages += [("deepspeed", 2), ("deepspeed", 3)] if model is whole and pp == 1 else []
             schedules: list[dict[str, Any]] = [{}]
             schedules += [{"schedule": "interleaved", "chunks": 2}] if pp > 1 else []
             for zero in stages:

@@ -1,0 +1,75 @@
+"""Causal attention from the projection's layout against PyTorch's own operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megapt.config import ModelConfig
+from megapt.model.attention import causal_attention
+from megapt.model.positions import Rotary, rotary_table
+from tests.model.accuracy import assert_accurate, random
+from tests.model.test_positions import plain as turned
+
+# batch, sequence, heads, key/value heads, width
+SHAPES = [(2, 70, 6, 2, 16), (3, 33, 4, 4, 8), (1, 130, 4, 1, 64), (2, 1, 2, 1, 8)]
+
+
+def table(sequence: int, width: int, dtype: torch.dtype) -> Rotary:
+    tree = {"layers": 1, "hidden": width, "heads": 1, "ffn": 4, "vocabulary": 8}
+    return rotary_table(ModelConfig.model_validate(tree), sequence, torch.device("cpu"), dtype)
+
+
+def reference(qkv: Tensor, batch: int, heads: int, kv_heads: int, rotary: Rotary | None) -> Tensor:
+    """Key and value heads repeated, and everything left to autograd."""
+    width = qkv.shape[1] // (heads + 2 * kv_heads)
+    q, k, v = qkv.view(batch, -1, heads + 2 * kv_heads, width).split([heads, kv_heads, kv_heads], dim=2)
+    if rotary is not None:
+        q, k = turned(q, *rotary), turned(k, *rotary)
+    k, v = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
+    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+    return y.transpose(1, 2).reshape(qkv.shape[0], -1)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_is_as_accurate_as_pytorch(shape: tuple[int, ...], positions: bool) -> None:
+    batch, sequence, heads, kv_heads, width = shape
+
+    def call(function, qkv: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        return function(qkv, batch, heads, kv_heads, table(sequence, width, dtype) if positions else None)
+
+    assert_accurate(
+        lambda x: call(causal_attention, x),
+        lambda x: call(reference, x),
+        [random(batch * sequence, (heads + 2 * kv_heads) * width, seed=1)],
+        random(batch * sequence, heads * width, seed=2),
+    )
+
+
+def test_gradients_by_finite_differences() -> None:
+    rotary = table(5, 8, torch.float64)
+    qkv = random(10, 4 * 8, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: causal_attention(x, 2, 2, 1, rotary), qkv)
+
+
+def test_no_token_sees_a_later_one_or_another_sequence() -> None:
+    qkv = random(2 * 20, 4 * 8, seed=1)
+    before = causal_attention(qkv, 2, 2, 1, None)
+    changed = qkv.clone()
+    changed[12] += 1
+    differs = (causal_attention(changed, 2, 2, 1, None) != before).any(1)
+    assert differs[12:20].all() and not differs[:12].any() and not differs[20:].any()
+
+
+def test_the_kernel_never_forms_the_matrix_of_scores() -> None:
+    """Grouped heads must not send the CPU to the kernel that materialises sequence x sequence."""
+    qkv = random(64, 4 * 8, seed=1).float().requires_grad_()
+    with torch.profiler.profile() as profile:
+        causal_attention(qkv, 1, 2, 1, None).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert any("flash_attention_for_cpu_backward" in name for name in names)
+    assert not any("softmax" in name or "bmm" in name for name in names)

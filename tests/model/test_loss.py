@@ -1,0 +1,84 @@
+"""The blockwise output projection with its loss against plain cross entropy over whole logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megapt.config import ModelConfig
+from megapt.mesh import Axis
+from megapt.model.table import parameter_table
+from megapt.parallel import tensor
+from megapt.parallel.tensor import IGNORE, ParameterFactory, TensorParallel, VocabularyHead
+from tests.model.accuracy import assert_accurate, random
+
+TOKENS, HIDDEN, VOCABULARY = 50, 24, 67
+ALONE = TensorParallel(Axis(0, 1, None))
+
+
+def labels_of(ignored: float = 0.2) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    return labels.masked_fill(torch.rand(TOKENS, generator=generator) < ignored, IGNORE)
+
+
+def own(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Through rows of padding, as a padded vocabulary has them."""
+    rows = F.pad(weight, (0, 0, 0, 5))
+    return tensor._LinearCrossEntropy.apply(h, rows, labels, ALONE, 0, VOCABULARY)
+
+
+def plain(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = h @ weight.t()
+    return F.cross_entropy(logits.to(torch.promote_types(h.dtype, torch.float32)), labels, reduction="sum")
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
+@pytest.mark.parametrize("blocks", ["one", "many"])
+def test_loss_is_as_accurate_as_plain_operations(
+    scale: float, blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks == "many":
+        monkeypatch.setattr(tensor, "_BLOCK_ELEMENTS", 16 * (VOCABULARY + 5))
+        monkeypatch.setattr(tensor, "_CACHED_ELEMENTS", 5 * (VOCABULARY + 5))
+    labels = labels_of()
+    inputs = [random(TOKENS, HIDDEN, seed=1, scale=scale), random(VOCABULARY, HIDDEN, seed=2)]
+    upstream = torch.tensor(0.5, dtype=torch.float64)
+    assert_accurate(lambda h, w: own(h, w, labels), lambda h, w: plain(h, w, labels), inputs, upstream)
+
+
+def test_gradients_by_finite_differences() -> None:
+    labels = labels_of()[:6]
+    h, weight = random(6, HIDDEN, seed=1).requires_grad_(), random(VOCABULARY, HIDDEN, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: own(h, w, labels), (h, weight))
+
+
+def test_tokens_without_loss_count_for_nothing() -> None:
+    h, weight = random(TOKENS, HIDDEN, seed=1).requires_grad_(), random(VOCABULARY, HIDDEN, seed=2)
+    loss = own(h, weight, torch.full((TOKENS,), IGNORE))
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and not h.grad.any()  # type: ignore[union-attr]
+
+
+def test_logits_far_apart_stay_finite() -> None:
+    h = torch.tensor([[1e4], [-1e4]], dtype=torch.float32).requires_grad_()
+    weight = torch.tensor([[1.0], [-1.0], [0.5]])
+    loss = tensor._LinearCrossEntropy.apply(h, weight, torch.tensor([1, 1]), ALONE, 0, 3)
+    loss.backward()
+    assert float(loss.detach()) == 2e4 and h.grad.isfinite().all()  # type: ignore[union-attr]
+
+
+def test_head_pads_without_effect() -> None:
+    tree = {"layers": 1, "hidden": HIDDEN, "heads": 2, "ffn": 4, "vocabulary": VOCABULARY}
+    table = parameter_table(ModelConfig.model_validate(tree))
+    h, labels = random(TOKENS, HIDDEN, seed=1), labels_of()
+    losses = []
+    for multiple in (1, 64):
+        factory = ParameterFactory(table, ALONE, 7, torch.float64, torch.device("cpu"), multiple)
+        head = VocabularyHead(factory)
+        assert head.logits(h).shape == (TOKENS, VOCABULARY)
+        losses.append(head(h, labels).detach())
+        assert float(plain(h, head.weight[:VOCABULARY].detach(), labels)) == pytest.approx(float(losses[-1]), rel=1e-13)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-14)

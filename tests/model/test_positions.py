@@ -1,0 +1,72 @@
+"""Rotary positions against transformers' tables and its rotation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megapt.config import ModelConfig
+from megapt.model.positions import rotary_table, rotate
+from tests.model.accuracy import assert_accurate, distance, random
+
+SCALINGS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "linear": {"kind": "linear", "factor": 2.0},
+    "llama3": {"kind": "llama3", "factor": 8.0, "original_sequence": 64, "low_frequency_factor": 1.0},
+}
+
+
+def model(scaling: dict[str, Any] | None, width: int = 64) -> ModelConfig:
+    tree = {"layers": 1, "hidden": 2 * width, "heads": 2, "ffn": 4, "vocabulary": 8, "rope_scaling": scaling}
+    return ModelConfig.model_validate(tree)
+
+
+def plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """rotate-half as everybody writes it, in the table's precision."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_tables_are_those_of_transformers(name: str) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from megapt.convert.llama import LLAMA
+
+    ours = model(SCALINGS[name])
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**LLAMA.config(ours)))
+    cos, sin = theirs(torch.zeros(1), torch.arange(100).unsqueeze(0))
+    for mine, their in zip(rotary_table(ours, 100, torch.device("cpu"), torch.float32), (cos, sin), strict=True):
+        assert mine.shape == (100, 1, 32)
+        # transformers multiplies angles up in fp32
+        torch.testing.assert_close(mine.squeeze(1), their[0, :, :32], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rotation_is_as_accurate_as_plain_operations(heads: int) -> None:
+    table = rotary_table(model(None), 37, torch.device("cpu"), torch.float64)
+
+    def with_table(function: Any, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = (t.to(dtype) for t in table)
+        return function(x, cos, sin)
+
+    assert_accurate(
+        lambda x: with_table(lambda x, *t: rotate(x, t), x),
+        lambda x: with_table(plain, x),
+        [random(2, 37, heads, 64, seed=1)],
+        random(2, 37, heads, 64, seed=2),
+    )
+
+
+def test_rotation_keeps_lengths_and_turns_back() -> None:
+    cos, sin = rotary_table(model(SCALINGS["llama3"]), 50, torch.device("cpu"), torch.float64)
+    x = random(1, 50, 2, 64, seed=1)
+    turned = rotate(x, (cos, sin))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert distance(rotate(turned, (cos, -sin)), x) < 1e-14
+    assert torch.equal(turned[:, 0], x[:, 0]) and distance(turned, x) > 0.1
