@@ -263,6 +263,7 @@ def logit_difference(checkpoint: Path, exported: Path, sequences: int = 4) -> fl
     """Largest absolute difference of fp32 logits on random tokens between our forward and transformers'."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from megapt.generate import inference_config, load_engine
 
@@ -273,6 +274,7 @@ def logit_difference(checkpoint: Path, exported: Path, sequences: int = 4) -> fl
     tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
     ours = engine.pipeline.logits(tokens)
     assert ours is not None
+    logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     with torch.no_grad():
         return float((theirs(tokens).logits - ours).abs().max())

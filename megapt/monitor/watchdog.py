@@ -148,7 +148,9 @@ class Watchdog:
         self._stop_watching()
         _, step, phase = self._position
         place = f"step {step}, phase '{phase}'"
-        text = f"{self._describe(self._rank)} failed at {place}: {name}. Its log holds the traceback."
+        told = isinstance(error, UserError)  # a message that is whole in itself, and that the command prints
+        more = "" if told else ". Its log holds the traceback."
+        text = f"{self._describe(self._rank)} failed at {place}: {name}{more}"
         ours = Verdict(Kind.FAILED, (self._rank,), text)
         standing = ours
         # Without a store nobody can be told; the traceback of this rank still can be read.
@@ -156,7 +158,8 @@ class Watchdog:
             standing = self._publish(ours)
         if standing != ours:
             self._leave(standing)
-        self._print(text)
+        if not told:
+            self._print(text)
         self._end(State.LEFT)
 
     def __enter__(self) -> Watchdog:
