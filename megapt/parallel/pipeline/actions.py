@@ -178,6 +178,17 @@ class Placement:
         )
         return Message(channel, action.micro_batch, destination)
 
+    def channels(self) -> list[Channel]:
+        """Every channel that a schedule on this placement can use, in an order that is the same on all ranks."""
+        found: dict[Channel, None] = {}
+        for kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
+            for virtual in range(self.virtual_stages):
+                rank, chunk = self.rank(virtual), self.chunk(virtual)
+                message = self.message(rank, Action(kind, 0, chunk))
+                if message is not None:
+                    found[message.channel] = None
+        return list(found)
+
     def _locate(self, virtual: int) -> tuple[int, int] | None:
         if not 0 <= virtual < self.virtual_stages:
             return None

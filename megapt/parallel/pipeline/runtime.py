@@ -6,6 +6,7 @@ its own input. Activations have one static shape, [T, hidden] with T this rank's
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapt.mesh import ParallelMesh
-from megapt.parallel.pipeline.actions import Action, Channel, Direction, Kind, Placement
+from megapt.parallel.pipeline.actions import Action, Channel, Kind, Placement
 from megapt.parallel.pipeline.check import check
 from megapt.parallel.pipeline.schedules import Schedule, schedule
 from megapt.parallel.tensor import TensorParallel
@@ -33,32 +34,42 @@ def checked_schedule(name: str, stages: int, chunks: int, micro_batches: int) ->
 
 
 class Channels:
-    """A communicator for each direction and wrap, so that what waits on one never holds up another.
+    """A communicator of two ranks for each channel, used in one direction only.
 
-    Collective over the ranks of a pipeline.
+    Operations of one NCCL communicator run in the order in which they were queued, so a receive posted early would hold
+    up every later transfer on it; on a channel's own communicator there is nothing else, and what the deadlock check
+    assumes of channels holds. A communicator comes to life at its first transfer, for which both ranks must meet:
+    that happens here, channel by channel in the same order on all ranks, and never in the middle of a step.
+
+    Collective over the world: torch names groups by how many were made, so all ranks make those of all pipelines.
     """
 
     def __init__(self, mesh: ParallelMesh, placement: Placement) -> None:
         self.axis = mesh.pp
-        self._groups: dict[tuple[Direction, bool], dist.ProcessGroup] = {}
+        self._groups: dict[Channel, dist.ProcessGroup] = {}
         self._sends: list[tuple[dist.Work, Tensor]] = []
-        if self.axis.size == 1:
-            return
-        ranks = [self.axis.global_rank(r) for r in range(self.axis.size)]
-        for direction in Direction:
-            for wraps in (False, True)[: min(placement.chunks, 2)]:
-                self._groups[direction, wraps] = dist.new_group(ranks, use_local_synchronization=True)
+        columns = mesh.dp.size * mesh.tp.size
+        for channel, column in itertools.product(placement.channels(), range(columns)):
+            ends = [stage * columns + column for stage in (channel.source, channel.destination)]
+            group = dist.new_group(ends)
+            if mesh.rank in ends:
+                self._groups[channel] = group
+        for channel in self._groups:
+            token = torch.zeros(1, device=mesh.device)
+            if self.axis.rank == channel.source:
+                self.send(channel, token)
+                self.flush()
+            else:
+                self.receive(channel, token).wait()
 
     def send(self, channel: Channel, tensor: Tensor) -> None:
-        group = self._groups[channel.direction, channel.wraps]
-        work = dist.isend(tensor, self.axis.global_rank(channel.destination), group=group)
+        work = dist.isend(tensor, self.axis.global_rank(channel.destination), group=self._groups[channel])
         assert work is not None
         self._sends = [(w, t) for w, t in self._sends if not w.is_completed()]
         self._sends.append((work, tensor))
 
     def receive(self, channel: Channel, buffer: Tensor) -> dist.Work:
-        group = self._groups[channel.direction, channel.wraps]
-        work = dist.irecv(buffer, self.axis.global_rank(channel.source), group=group)
+        work = dist.irecv(buffer, self.axis.global_rank(channel.source), group=self._groups[channel])
         assert work is not None
         return work
 

@@ -34,11 +34,11 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
 
 def stage_parameters(model: ModelConfig, layers: range, first: bool, last: bool) -> list[str]:
     """Global names of what a virtual stage holds, tied copies included, from the table."""
-    ends = {"embedding.weight": first, "positions.weight": first}
+    ends = {"first": first, "last": last}
     return [
         spec.name
         for spec in parameter_table(model).values()
-        if (spec.layer in layers if spec.layer is not None else ends.get(spec.name, last))
+        if (ends[spec.end] if spec.end is not None else spec.layer in layers)
     ]
 
 

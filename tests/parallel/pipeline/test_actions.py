@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megapt.parallel.pipeline.actions import Action, Channel, Direction, Kind, Message, Placement
+from megapt.parallel.pipeline.schedules import schedule
 
 
 def test_actions_print_short() -> None:
@@ -75,3 +76,17 @@ def test_source_is_upstream_of_the_data() -> None:
     assert placement.source(1, Action(Kind.BACKWARD, 0, 0)) == (0, 1)
     assert placement.source(0, Action(Kind.FORWARD, 0, 0)) is None
     assert placement.source(1, Action(Kind.BACKWARD, 0, 1)) is None
+
+
+def test_channels_are_those_that_schedules_use() -> None:
+    cases = [(1, 1, "1f1b"), (2, 1, "1f1b"), (5, 1, "1f1b"), (2, 3, "interleaved"), (4, 2, "interleaved")]
+    for stages, chunks, name in cases:
+        made = schedule(name, stages, chunks, 2 * stages)
+        used = {
+            message.channel
+            for rank, actions in enumerate(made.actions)
+            for action in actions
+            if not action.kind.is_compute and (message := made.placement.message(rank, action)) is not None
+        }
+        listed = made.placement.channels()
+        assert len(listed) == len(set(listed)) and set(listed) == used
