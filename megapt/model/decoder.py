@@ -16,7 +16,8 @@ from torch.autograd import Function
 
 from megapt.config import ModelConfig
 from megapt.model.attention import causal_attention
-from megapt.model.norms import make_norm, row_blocks
+from megapt.model.blocks import row_blocks
+from megapt.model.norms import make_norm
 from megapt.model.positions import Rotary, rotary_table
 from megapt.parallel.tensor import (
     ColumnParallelLinear,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from megapt.config import ModelConfig
+from megapt.model.blocks import row_blocks
 from megapt.parallel.tensor import ParameterFactory
 
 
@@ -30,7 +30,7 @@ class _CpuRMSNorm(Function):
     """y = x w / rms(x) per row of x [T, H], computed in at least fp32 and rounded once.
 
     PyTorch has no fused kernel for it on CPUs, only a chain of whole-tensor operations. Here the chain runs over blocks
-    of rows that stay in the cache, saves one number per row, and sums over rows and columns as matrix-vector products.
+    of rows, saves one number per row, and sums over rows and columns as matrix-vector products.
     """
 
     @staticmethod
@@ -59,17 +59,6 @@ class _CpuRMSNorm(Function):
             along = torch.mv(product, w).unsqueeze(1).mul_(r.square()).div_(x.shape[1])
             dx_part.copy_(torch.mul(g, w, out=product).addcmul_(x_wide, along, value=-1).mul_(r))
         return dx, dw.to(weight.dtype), None
-
-
-def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of several matrices: all at once on a GPU, on a CPU as many as stay in its cache."""
-    first = tensors[0]
-    cached = _CACHED_ELEMENTS * torch.get_num_threads() if first.device.type == "cpu" else first.numel()
-    rows = max(1, cached // first.shape[1])
-    return zip(*(t.split(rows) for t in tensors), strict=True)
-
-
-_CACHED_ELEMENTS = 1 << 17  # per thread
 
 
 class LayerNorm(nn.Module):

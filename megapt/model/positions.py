@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megapt.config import ModelConfig, RopeScaling
+from megapt.model.blocks import row_blocks
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines
 
@@ -54,9 +55,7 @@ class _Rotate(Function):
 def turn(x: Tensor, table: Rotary, out: Tensor) -> Tensor:
     """Write x [B, S, heads, width] turned by its positions into `out` and return it."""
     cos, sin = table
-    # On the CPU, sequence by sequence: what lies between is then still in the cache.
-    rows = 1 if x.device.type == "cpu" else x.shape[0]
-    for source, target in zip(x.split(rows), out.split(rows), strict=True):
+    for source, target in row_blocks(x, out):
         a, b = source.to(cos.dtype).chunk(2, dim=-1)
         left, right = target.chunk(2, dim=-1)
         left.copy_((a * cos).addcmul_(b, sin, value=-1))

@@ -255,59 +255,71 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, tp: TensorParallel, start: int, length: int
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        tp: TensorParallel,
+        start: int,
+        length: int,
+        training: bool,
     ) -> Tensor:
-        training = any(ctx.needs_input_grad)
         h = tp.gather(h)
         wide = torch.promote_types(h.dtype, torch.float32)
         dh = torch.empty_like(h) if training else None
         dw: Tensor | None = None
         total = torch.zeros((), dtype=wide, device=h.device)
-        block = max(1, _BLOCK_ELEMENTS // weight.shape[0])
-        buffer = h.new_empty(min(block, h.shape[0]), weight.shape[0])
+        block = min(max(1, _BLOCK_ELEMENTS[h.device.type == "cuda"] // weight.shape[0]), h.shape[0])
+        # Blocks share their memory: memory fresh from the system costs more than what is done in it.
+        buffer = h.new_empty(block, weight.shape[0])
+        scores = buffer if h.dtype == wide else torch.empty_like(buffer, dtype=wide)
         for at in range(0, h.shape[0], block):
             rows = slice(at, at + block)
-            logits = torch.mm(h[rows], weight.t(), out=buffer[: h[rows].shape[0]])
-            total += _softmax_loss_(logits, labels[rows], tp, start, length, training)
+            size = h[rows].shape[0]
+            logits = torch.mm(h[rows], weight.t(), out=buffer[:size])
+            wide_logits = logits if scores is buffer else scores[:size]
+            total += _softmax_loss_(logits, wide_logits, labels[rows], tp, start, length, training)
             if dh is not None:
                 torch.mm(logits, weight, out=dh[rows])
                 product = logits.t() @ h[rows]
                 dw = product.to(wide) if dw is None else dw.add_(product)
         ctx.tp = tp
         if dh is not None and dw is not None:
-            ctx.save_for_backward(tp.reduce(dh), dw.to(weight.dtype))
+            ctx.save_for_backward(tp.reduce(dh), dw)
+            ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         dh, dw = ctx.saved_tensors
-        return dh * grad.to(dh.dtype), dw * grad.to(dw.dtype), None, None, None, None
+        # The scale, one over the number of tokens, must not be rounded to bf16: it would bias every gradient.
+        return (dh.to(dw.dtype) * grad).to(dh.dtype), (dw * grad).to(ctx.dtype), None, None, None, None, None, None
 
 
-_BLOCK_ELEMENTS = 1 << 23  # logits of a block of matrix products
-_CACHED_ELEMENTS = 1 << 17  # of which a CPU's core can hold so many in its cache while it works on them
+# Logits per block, on the CPU and on a GPU: small enough for a cache, or large enough that reading the weight and
+# adding to its gradient once per block costs little beside the products.
+_BLOCK_ELEMENTS = (1 << 23, 1 << 28)
 
 
 def _softmax_loss_(
-    logits: Tensor, labels: Tensor, tp: TensorParallel, start: int, length: int, training: bool
+    logits: Tensor, scores: Tensor, labels: Tensor, tp: TensorParallel, start: int, length: int, training: bool
 ) -> Tensor:
     """Loss summed over the tokens of a block of logits [T, V local], in whose place their gradient is left if training.
 
-    Each rank's maximum, sum of exponentials and target logit travel in one all-gather of [3, T].
+    scores: memory [T, V local] in fp32 or wider to work in; logits itself if that is wide enough. Each rank's maximum,
+    sum of exponentials and target logit travel in one all-gather of [3, T].
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
     logits[:, length:] = float("-inf")  # padded rows take no part
     target = labels - start
     mine = (target >= 0) & (target < length)
     at = torch.arange(len(labels), device=labels.device), target.clamp(0, max(length - 1, 0))
-    picked = logits[at].to(wide).masked_fill(~mine, 0)
-    cached = _CACHED_ELEMENTS * torch.get_num_threads() if logits.device.type == "cpu" else logits.numel()
-    pieces = logits.split(max(1, cached // logits.shape[1]))
+    picked = logits[at].to(scores.dtype).masked_fill(~mine, 0)
     # A rank may hold padding only: its maximum is then -inf, which must not reach a difference of infinities.
-    top = logits.amax(1).to(wide).clamp_min(torch.finfo(wide).min)
-    tops = top.unsqueeze(1).split(len(pieces[0]))
-    sums = [(piece.to(wide) - its_top).exp_().sum(1) for piece, its_top in zip(pieces, tops, strict=True)]
-    stats = torch.stack([top, torch.cat(sums), picked])
+    top = logits.amax(1).to(scores.dtype).clamp_min(torch.finfo(scores.dtype).min)
+    if scores is not logits:
+        scores.copy_(logits)
+    scores.sub_(top.unsqueeze(1)).exp_()
+    stats = torch.stack([top, scores.sum(1), picked])
     if tp.axis.size > 1:
         every = stats.new_empty(tp.axis.size, *stats.shape)
         all_gather(every.view(-1, stats.shape[1]), stats, group=tp.axis.group)
@@ -318,10 +330,10 @@ def _softmax_loss_(
     losses = (highest - every[:, 2].sum(0)) + denominator.log()
     counted = labels != IGNORE
     if training:
-        factor = ((top - highest).exp() / denominator * counted).unsqueeze(1)
-        for piece, its_top, its_factor in zip(pieces, tops, factor.split(len(pieces[0])), strict=True):
-            piece.copy_((piece.to(wide) - its_top).exp_().mul_(its_factor))
-        logits[at] = torch.where(mine & counted, (-losses).expm1().to(logits.dtype), logits[at])
+        scores *= ((top - highest).exp() / denominator * counted).unsqueeze(1)
+        scores[at] = torch.where(mine & counted, (-losses).expm1(), scores[at])
+        if scores is not logits:
+            logits.copy_(scores)
     return (losses * counted).sum()
 
 
@@ -336,7 +348,10 @@ class VocabularyHead(nn.Module):
 
     def forward(self, h: Tensor, labels: Tensor) -> Tensor:
         """Loss SUMMED over tokens whose label is not -100: h_TH, labels [T] int64 of all tokens -> scalar (fp32)."""
-        return _LinearCrossEntropy.apply(h, self.weight, labels, self.tp, self.shard.start, self.shard.length)
+        # Asked here, since inside of the function gradients are always off.
+        training = torch.is_grad_enabled()
+        shard = self.shard
+        return _LinearCrossEntropy.apply(h, self.weight, labels, self.tp, shard.start, shard.length, training)
 
     def logits(self, h: Tensor) -> Tensor:
         """Whole logits [T, vocabulary] of all tokens on every tensor rank, for generation; no gradient."""

@@ -27,7 +27,7 @@ def labels_of(ignored: float = 0.2) -> Tensor:
 def own(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Through rows of padding, as a padded vocabulary has them."""
     rows = F.pad(weight, (0, 0, 0, 5))
-    return tensor._LinearCrossEntropy.apply(h, rows, labels, ALONE, 0, VOCABULARY)
+    return tensor._LinearCrossEntropy.apply(h, rows, labels, ALONE, 0, VOCABULARY, True)
 
 
 def plain(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -41,8 +41,7 @@ def test_loss_is_as_accurate_as_plain_operations(
     scale: float, blocks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if blocks == "many":
-        monkeypatch.setattr(tensor, "_BLOCK_ELEMENTS", 16 * (VOCABULARY + 5))
-        monkeypatch.setattr(tensor, "_CACHED_ELEMENTS", 5 * (VOCABULARY + 5))
+        monkeypatch.setattr(tensor, "_BLOCK_ELEMENTS", (16 * (VOCABULARY + 5),) * 2)
     labels = labels_of()
     inputs = [random(TOKENS, HIDDEN, seed=1, scale=scale), random(VOCABULARY, HIDDEN, seed=2)]
     upstream = torch.tensor(0.5, dtype=torch.float64)
@@ -65,7 +64,7 @@ def test_tokens_without_loss_count_for_nothing() -> None:
 def test_logits_far_apart_stay_finite() -> None:
     h = torch.tensor([[1e4], [-1e4]], dtype=torch.float32).requires_grad_()
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
-    loss = tensor._LinearCrossEntropy.apply(h, weight, torch.tensor([1, 1]), ALONE, 0, 3)
+    loss = tensor._LinearCrossEntropy.apply(h, weight, torch.tensor([1, 1]), ALONE, 0, 3, True)
     loss.backward()
     assert float(loss.detach()) == 2e4 and h.grad.isfinite().all()  # type: ignore[union-attr]
 

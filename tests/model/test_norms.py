@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megapt.model import norms
+from megapt.model import blocks, norms
 from tests.model.accuracy import assert_accurate, random
 
-# Rows that fill several blocks of the cache and a rest, one row, two columns.
+# Some rows, one row, two columns.
 SHAPES = [(700, 384), (1, 64), (33, 2)]
 
 
@@ -40,11 +40,17 @@ def test_gradients_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(own, (x, weight))
 
 
-def test_blocks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "_CACHED_ELEMENTS", 20)
+@pytest.mark.parametrize("elements", [1, 20, 22, 1000])
+def test_blocks_cover_every_row_once(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_ELEMENTS", elements)
     a, b = torch.arange(22.0).view(11, 2), torch.arange(11.0).view(11, 1)
-    threads = torch.get_num_threads()
-    pairs = list(norms.row_blocks(a, b))
+    pairs = list(blocks.row_blocks(a, b))
     assert [len(x) for x, _ in pairs] == [len(y) for _, y in pairs]
-    assert len(pairs) == -(-11 // (10 * threads))
+    assert len(pairs) == {1: 11, 20: 2, 22: 1, 1000: 1}[elements]
     assert torch.equal(torch.cat([x for x, _ in pairs]), a) and torch.equal(torch.cat([y for _, y in pairs]), b)
+
+
+def test_norm_in_blocks_is_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_ELEMENTS", 7 * 64)
+    inputs = [random(30, 64, seed=1), random(64, seed=2)]
+    assert_accurate(own, plain, inputs, random(30, 64, seed=3))
