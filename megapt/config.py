@@ -27,7 +27,7 @@ def _whole(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -133,7 +133,7 @@ class OptimizerConfig(Section):
 
     lr: Positive = 3e-4
     min_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="default: lr / 10; of no use to constant")
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    betas: Annotated[list[Momentum], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
@@ -194,7 +194,20 @@ class Loaded:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but with 1e-4 as the number that everyone means."""
+    """YAML 1.1 as PyYAML reads it, but 1e-4 is the number that everyone means, and no key may stand twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                known = first.setdefault((key.tag, key.value), key)
+                if known is not key:
+                    lines = known.start_mark.line + 1, key.start_mark.line + 1
+                    raise yaml.YAMLError(
+                        f"key `{key.value}` is given twice, in lines {lines[0]} and {lines[1]}; keep one"
+                    )
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -221,7 +234,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `model:` and `train:`, not {type(tree).__name__}")
@@ -322,7 +335,7 @@ def _apply(tree: dict[str, Any], origins: dict[str, str], override: str) -> None
         raise UserError(f"override {override!r} must have the form key.sub=value, e.g. parallel.tensor=2")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value ({error})") from None
     here: Any = tree
     *path, last = key.split(".")
@@ -331,7 +344,17 @@ def _apply(tree: dict[str, Any], origins: dict[str, str], override: str) -> None
             here[part] = {}
         here = here[part]
     here[last] = value
-    origins[key] = "override"
+    for stale in [known for known in origins if known.startswith(f"{key}.")]:
+        del origins[stale]
+    origins.update((name, "override") for name in (key, *_keys(value, key)))
+
+
+def _keys(value: Any, prefix: str) -> Iterator[str]:
+    """Dotted keys of everything within a nested dict."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{prefix}.{key}"
+            yield from _keys(inner, f"{prefix}.{key}")
 
 
 def _where(origins: dict[str, str], key: str) -> str:

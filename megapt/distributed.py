@@ -8,16 +8,28 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megapt.errors import UserError
 from megapt.launcher import RankEnvironment, rank_environment
 
 TIMEOUT = timedelta(minutes=30)
 
 
 def device_of(environment: RankEnvironment) -> torch.device:
-    """The GPU with this rank's number on its node, or the CPU where there are none (or `DS_ACCELERATOR=cpu`)."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        return torch.device("cuda", environment.local_rank % torch.cuda.device_count())
-    return torch.device("cpu")
+    """The GPU with this rank's number on its node, or the CPU where there are none (or `DS_ACCELERATOR=cpu`).
+
+    Some launchers show each rank its own GPU alone, so that a single visible one is taken.
+    Raises UserError if the node shows several GPUs, but too few for this rank.
+    """
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    visible, local = torch.cuda.device_count(), environment.local_rank
+    if visible > 1 and local >= visible:
+        raise UserError(
+            f"rank {environment.rank} has number {local} on its node, but only {visible} GPUs are visible there: two "
+            f"ranks would share one. Start at most {visible} ranks per node, or make more GPUs visible "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
+    return torch.device("cuda", 0 if visible == 1 else local)
 
 
 def join(environment: RankEnvironment | None = None) -> tuple[RankEnvironment, torch.device]:
@@ -37,7 +49,6 @@ def join(environment: RankEnvironment | None = None) -> tuple[RankEnvironment, t
             rank=environment.rank,
             world_size=environment.world,
             timeout=TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
         )
     return environment, device
 
@@ -45,5 +56,5 @@ def join(environment: RankEnvironment | None = None) -> tuple[RankEnvironment, t
 def leave() -> None:
     """Leave after everybody has arrived here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
         dist.destroy_process_group()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,9 @@ class ParameterSpec:
     name: global name, e.g. `layers.17.attention.q.weight`; shape: global shape; split: None if every tensor rank
     holds all of it; std: standard deviation of the normal initialisation, or None for the constant `fill`;
     decay: whether weight decay applies; layer: index of its decoder layer, None outside the layers;
-    tied_to: name of the parameter whose values it shares; partial: see `Partial`.
+    tied_to: name of the parameter whose values it shares; has_copy: whether another one is tied to it (set by the
+    table); partial: see `Partial`; lookup: whether rows are looked up rather than multiplied with; end: outside the
+    layers, which end of the model it belongs to.
     """
 
     name: str
@@ -58,7 +61,10 @@ class ParameterSpec:
     decay: bool = True
     layer: int | None = None
     tied_to: str | None = None
+    has_copy: bool = False
     partial: Partial = Partial.NEVER
+    lookup: bool = False
+    end: Literal["first", "last"] | None = None
 
     @property
     def numel(self) -> int:
@@ -127,14 +133,18 @@ class ParameterTable(dict[str, ParameterSpec]):
     """All parameters of a model by global name, in the order of the forward pass."""
 
     def __init__(self, specs: Iterable[ParameterSpec]) -> None:
-        super().__init__((spec.name, spec) for spec in specs)
+        rows = list(specs)
+        owners = {spec.tied_to for spec in rows}
+        super().__init__((spec.name, replace(spec, has_copy=spec.name in owners)) for spec in rows)
 
     def count(self) -> int:
         """Number of distinct parameters (tied ones once)."""
         return sum(spec.numel for spec in self.values() if spec.tied_to is None)
 
 
-_DRAW = 1 << 15  # elements drawn at a time: the working set stays in cache
+# Elements drawn at a time: on a CPU the working set stays in cache; elsewhere few large kernels count.
+_DRAW_CPU = 1 << 15
+_DRAW_GPU = 1 << 24
 
 
 def initialise_(local: Tensor, spec: ParameterSpec, shard: Shard, seed: int) -> None:
@@ -146,20 +156,26 @@ def initialise_(local: Tensor, spec: ParameterSpec, shard: Shard, seed: int) -> 
             valid.fill_(spec.fill)
             return
         key = derive_key(seed, spec.tied_to or spec.name)
-        rows = valid.shape[: shard.dim + 1]
         inner = math.prod(spec.shape[shard.dim + 1 :])
-        outer = math.prod(rows[:-1])
-        run = shard.length * inner  # consecutive elements of the global tensor per outer index
-        stride = spec.shape[shard.dim] * inner
-        out = torch.empty(outer, run, dtype=torch.float64 if local.dtype == torch.float64 else torch.float32)
-        out = out.to(local.device)
-        for index in range(outer):
-            begin = index * stride + shard.start * inner
-            for at in range(0, run, _DRAW):
-                count = min(_DRAW, run - at)
-                out[index, at : at + count] = normal(key, begin + at, count, local.device).mul_(spec.std)
-        # Rounding goes through fp32 in every precision, so that a bf16 run starts from the fp32 run's weights.
-        valid.copy_(out.float().view(valid.shape))
+        outer = math.prod(spec.shape[: shard.dim])
+        # In the global tensor, each of `outer` rows of the shard is a run of consecutive elements.
+        run, stride, begin = shard.length * inner, spec.shape[shard.dim] * inner, shard.start * inner
+        out = local.view(outer, -1)[:, :run]
+        draw = _DRAW_CPU if local.device.type == "cpu" else _DRAW_GPU
+        for rows, columns in _blocks(outer, run, draw):
+            start = begin + rows.start * stride + columns.start
+            drawn = normal_rows(key, start, len(columns), len(rows), stride, local.device).mul_(spec.std)
+            # Rounding goes through fp32 in every precision, so that a bf16 run starts from the fp32 run's weights.
+            out[rows.start : rows.stop, columns.start : columns.stop] = drawn.float()
+
+
+def _blocks(rows: int, columns: int, size: int) -> Iterator[tuple[range, range]]:
+    """Cut a matrix into blocks of about `size` elements: of many whole rows, or of a part of one."""
+    width = max(1, min(size, columns))
+    height = max(1, size // width)
+    for row in range(0, rows, height):
+        for column in range(0, columns, width):
+            yield range(row, min(row + height, rows)), range(column, min(column + width, columns))
 
 
 def derive_key(seed: int, name: str) -> tuple[int, int]:
@@ -189,24 +205,46 @@ def philox(counter: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tenso
     return c0, c1, c2, c3
 
 
-def normal(key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Elements [start, start + count) of the infinite normal sequence of `key`: fp64 [count].
+def normal_rows(
+    key: tuple[int, int], start: int, count: int, rows: int, stride: int, device: torch.device | str
+) -> Tensor:
+    """Elements [start + i x stride, start + i x stride + count) of the sequence for i < rows: fp64 [rows, count].
 
     The inverse of the normal distribution function (Wichura's AS 241) by separate IEEE operations, which round
-    identically on CPUs and GPUs, unlike library logarithms and cosines.
+    identically on CPUs and GPUs, unlike library logarithms and cosines. Nothing waits for a GPU.
     """
-    first, last = start // 4, (start + count + 3) // 4
-    words = torch.stack(philox(torch.arange(first, last, device=device), key), dim=1).flatten()
-    words = words[start - 4 * first : start - 4 * first + count]
-    q = (words.double() + 0.5) * 2.0**-32 - 0.5
-    r = 0.180625 - q * q
-    value = q * (_horner(_A, r) / _horner(_B, r))
-    tail = (q.abs() > 0.425).nonzero(as_tuple=True)[0]
-    if tail.numel():
-        qt = q[tail]
-        s = (-_log(0.5 - qt.abs())).sqrt()  # the tails end at 2^-33, so s < 5 and one branch suffices
-        value[tail] = torch.sign(qt) * (_horner(_C, s - 1.6) / _horner(_D, s - 1.6))
+    # A counter gives four neighbours, so a row is drawn in whole groups of four and cut to size.
+    same = rows == 1 or stride % 4 == 0  # all rows begin at the same place of their first group
+    groups = ((start % 4 if same else 3) + count + 3) // 4
+    starts = torch.arange(rows, device=device).mul_(stride).add_(start).unsqueeze(1)
+    counters = (starts >> 2) + torch.arange(groups, device=device)
+    words = torch.stack(philox(counters, key), dim=2).flatten(1)
+    if same:
+        words = words[:, start % 4 : start % 4 + count]
+    else:
+        words = words.gather(1, (starts & 3) + torch.arange(count, device=device))
+    return _inverse((words.flatten().double() + 0.5) * 2.0**-32 - 0.5).view(rows, count)
+
+
+def _inverse(q: Tensor) -> Tensor:
+    """The normal quantile at 0.5 + q: fp64 [n] -> fp64 [n]."""
+    value = _centre(q)
+    in_tail = q.abs() > 0.425
+    if q.device.type != "cpu":  # the size of a selection is known to the host only after a wait
+        return torch.where(in_tail, _tail(q), value)
+    at = in_tail.nonzero(as_tuple=True)[0]
+    value[at] = _tail(q[at])
     return value
+
+
+def _centre(q: Tensor) -> Tensor:
+    r = 0.180625 - q * q
+    return q * (_horner(_A, r) / _horner(_B, r))
+
+
+def _tail(q: Tensor) -> Tensor:
+    s = (-_log(0.5 - q.abs())).sqrt()  # the tails end at 2^-33, so s < 5 and one branch suffices
+    return torch.sign(q) * (_horner(_C, s - 1.6) / _horner(_D, s - 1.6))
 
 
 def _horner(coefficients: tuple[float, ...], x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def print_summary(
     from rich.table import Table
 
     model, parallel, batch = config.model, config.parallel, config.batch
-    stages = stage_memory(config, mesh.dp.size)
+    stages = stage_memory(config, mesh.dp.size, cpu=mesh.device.type == "cpu")
     table = Table(title=f"{config.run.folder}: {start}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -60,15 +60,33 @@ def print_summary(
 
 
 def kernels(config: Config, mesh: ParallelMesh) -> list[str]:
-    """Which implementation computes what, in words."""
-    attention = "attention: torch scaled_dot_product_attention"
-    if mesh.device.type == "cpu":
-        attention += " (blockwise CPU kernel)"
+    """Which implementation computes what on this device in this precision, in words."""
+    model, cpu = config.model, mesh.device.type == "cpu"
+    rotary = model.position == "rope"
+    if cpu:
+        attention = "torch's blockwise flash kernel for CPUs" + (", rotary positions on the way in" if rotary else "")
+    else:
+        attention = f"torch scaled_dot_product_attention in {config.precision}" + (
+            ", rotary positions before it" if rotary else ""
+        )
+    if model.norm == "layer_norm":
+        norm = "LayerNorm: torch"
+    else:
+        norm = "RMSNorm: megapt, in blocks of rows" if cpu else "RMSNorm: torch"
+    mlp = model.activation + (", recomputed in the backward pass: megapt" if model.gated else ": torch")
+    wide = "fp64" if config.precision == "fp64" else "fp32"
     return [
-        attention,
-        "cross entropy: blockwise with the output projection, vocabulary-parallel",
-        "norms, activations: torch",
+        f"attention: {attention}",
+        norm,
+        f"MLP's {'gated ' if model.gated else ''}{mlp}",
+        f"cross entropy: megapt, with the output projection, in blocks of tokens, softmax in {wide}",
+        f"gradient reduction: {_reduction(config)}",
     ]
+
+
+def _reduction(config: Config) -> str:
+    """Precision of the sum of gradients over data-parallel ranks: DeepSpeed's is fp32, for fp64 weights too."""
+    return "fp64" if config.precision == "fp64" and config.zero.backend == "native" else "fp32"
 
 
 def _bytes(value: float) -> str:

@@ -88,6 +88,17 @@ def test_overrides_may_hold_lists_and_sections(file: Path) -> None:
     assert loaded.config.model.rope_scaling and loaded.config.model.rope_scaling.factor == 2
 
 
+def test_an_override_of_a_section_is_the_origin_of_all_below_it(file: Path) -> None:
+    file.write_text(TEXT + "parallel: {pipeline: 2, tensor: 1}\n")
+    origins = load(file, ["parallel={tensor: 2}", "batch.ramp={start: 2, increment: 2, samples: 40}"]).origins
+    assert {key: value for key, value in origins.items() if key.startswith("parallel")} == {
+        "parallel": "override", "parallel.tensor": "override",
+    }  # fmt: skip
+    assert origins["batch.ramp.samples"] == "override"
+    shown = {line.split(":")[0].strip(): line for line in show(file, ["parallel={tensor: 2}"]).splitlines()}
+    assert shown["tensor"].endswith("# override") and shown["pipeline"].endswith("# default")
+
+
 def test_a_batch_in_tokens(file: Path) -> None:
     batch = load(file, ["batch.samples=null", "batch.tokens=4096"]).config.batch
     assert batch.global_samples == 4096 // 16
@@ -119,6 +130,22 @@ def test_a_file_that_is_not_yaml(file: Path) -> None:
     assert "must hold sections" in _refusal(file)
 
 
+def test_a_key_given_twice_is_refused(file: Path) -> None:
+    file.write_text(TEXT + "optimizer: {betas: [0.8, 0.9]}\n")
+    last = TEXT.count("\n") + 1
+    assert _refusal(file) == (
+        f"{file} is not valid YAML: key `optimizer` is given twice, in lines {last - 2} and {last}; keep one"
+    )
+    file.write_text(TEXT.replace("  heads: 4\n", "  heads: 4\n  hidden: 64\n"))
+    assert "key `hidden` is given twice, in lines 4 and 6; keep one" in _refusal(file)
+
+
+def test_tabs_and_impossible_dates_are_one_message(file: Path) -> None:
+    for text in ("model:\n\tlayers: 4\n", "seed: 2020-13-45\n"):
+        file.write_text(text)
+        assert _refusal(file).startswith(f"{file} is not valid YAML: ")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -131,7 +158,10 @@ def test_a_file_that_is_not_yaml(file: Path) -> None:
         ("precision=fp8", "`precision`: input should be 'fp32', 'bf16' or 'fp64' (given: 'fp8')"),
         ("model.heads=0", "`model.heads`: input should be greater than or equal to 1 (given: 0)"),
         ("optimizer.betas=[0.9]", "`optimizer.betas`"),
-        ("optimizer.betas=[0.9, 1.5]", "`optimizer.betas`: input should be less than or equal to 1"),
+        ("optimizer.betas=[0.9, 1.5]", "`optimizer.betas`: input should be less than 1"),
+        ("optimizer.betas=[1, 0.95]", "`optimizer.betas`: input should be less than 1 (given: 1)"),
+        ("batch.ramp={start: 1, start: 2}", "key `start` is given twice, in lines 1 and 1"),
+        ("seed=2020-13-45", "is not a YAML value"),
         ("optimizer.lr=.inf", "`optimizer.lr`: input should be a finite number"),
         ("zero.stage=4", "`zero.stage`: input should be less than or equal to 3"),
         ("paralel.tensor=2", "unknown key `paralel`; did you mean `parallel`? Known here: seed, precision"),

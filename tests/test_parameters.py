@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -21,9 +22,12 @@ from megapt.parameters import (
     ParameterSpec,
     Shard,
     Split,
+    _centre,
+    _inverse,
+    _tail,
     derive_key,
     initialise_,
-    normal,
+    normal_rows,
     philox,
 )
 
@@ -39,6 +43,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 # Philox and the normal sequence.
+
+
+def normal(key: tuple[int, int], start: int, count: int) -> Tensor:
+    return normal_rows(key, start, count, 1, 0, "cpu").squeeze(0)
 
 
 def test_philox_known_answer() -> None:
@@ -192,9 +200,48 @@ def test_a_shard_is_filled_like_the_whole(
 def test_more_than_one_draw_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ParameterSpec("w", (6, 50), Split(1), std=1.0)
     whole = _filled(spec, spec.shard(0, 1))
-    monkeypatch.setattr("megapt.parameters._DRAW", 7)
-    assert torch.equal(_filled(spec, spec.shard(0, 1)), whole)
-    assert torch.equal(_filled(spec, spec.shard(1, 2)), whole[:, 25:])
+    for draw in (1, 7, 60, 130):
+        monkeypatch.setattr("megapt.parameters._DRAW_CPU", draw)
+        assert torch.equal(_filled(spec, spec.shard(0, 1)), whole)
+        assert torch.equal(_filled(spec, spec.shard(1, 2)), whole[:, 25:])
+
+
+PINNED: list[tuple[ParameterSpec, int, int, str, str]] = [
+    (ParameterSpec("w", (6, 50), Split(1, 5), std=0.5), 2, 1, "fbd00d70fe9a4efa", "a6d4e29355e4c54b"),
+    (ParameterSpec("w", (9, 7), Split(0, padded=True), std=0.02), 2, 4, "15ecb210de62e01c", "0227fdbb21a693ad"),
+    (ParameterSpec("deep", (3, 4, 5), Split(1, 2), std=1.0), 2, 1, "9f9589d0326818a4", "8678355054717b92"),
+    (ParameterSpec("big", (40, 4096), Split(1, 1024), std=0.02), 2, 1, "00ed8debf482f254", "51989a1ed2b8b056"),
+    (ParameterSpec("long", (3, 70001), std=0.02), 2, 1, "65a2115b13f5cdaa", "56818368ed73a59a"),
+]
+
+
+@pytest.mark.parametrize(("spec", "size", "padding", "single", "half"), PINNED, ids=lambda v: getattr(v, "name", ""))
+def test_initial_weights_are_those_of_earlier_versions(
+    spec: ParameterSpec, size: int, padding: int, single: str, half: str
+) -> None:
+    shard = spec.shard(1, size, padding)
+    for dtype, digest in ((torch.float32, single), (torch.float64, single), (torch.bfloat16, half)):
+        data = _filled(spec, shard, dtype=dtype).double().numpy().tobytes()
+        assert hashlib.blake2b(data, digest_size=8).hexdigest() == digest
+
+
+def test_rows_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counting(*arguments: Any) -> Tensor:
+        calls.append(arguments[3])
+        return normal_rows(*arguments)
+
+    monkeypatch.setattr("megapt.parameters.normal_rows", counting)
+    spec = ParameterSpec("down", (512, 256), Split(1), std=0.02)
+    _filled(spec, spec.shard(1, 4))
+    assert calls == [512]
+
+
+def test_the_branch_without_a_wait_gives_the_same_bits() -> None:
+    q = torch.arange(-4095, 4096, dtype=torch.float64) / 8192
+    selected = torch.where(q.abs() > 0.425, _tail(q), _centre(q))
+    assert torch.equal(_inverse(q), selected)
 
 
 def test_constants() -> None:

@@ -23,14 +23,15 @@ def parameter_table(model: ModelConfig) -> ParameterTable:
 def _specs(model: ModelConfig) -> Iterator[ParameterSpec]:
     hidden, std = model.hidden, model.init_std
     embedding = Split(dim=0, padded=True)
-    yield ParameterSpec("embedding.weight", (model.vocabulary, hidden), embedding, std=std)
+    yield ParameterSpec("embedding.weight", (model.vocabulary, hidden), embedding, std=std, lookup=True, end="first")
     if model.position == "learned":
-        yield ParameterSpec("positions.weight", (model.max_sequence, hidden), std=std, partial=Partial.SEQUENCE)
+        shape = (model.max_sequence, hidden)
+        yield ParameterSpec("positions.weight", shape, std=std, partial=Partial.SEQUENCE, lookup=True, end="first")
     for index in range(model.layers):
         yield from _layer(model, index)
     yield from _norm(model, "norm", None)
     tied_to = "embedding.weight" if model.tied_embeddings else None
-    yield ParameterSpec("head.weight", (model.vocabulary, hidden), embedding, std=std, tied_to=tied_to)
+    yield ParameterSpec("head.weight", (model.vocabulary, hidden), embedding, std=std, tied_to=tied_to, end="last")
 
 
 def _layer(model: ModelConfig, index: int) -> Iterator[ParameterSpec]:
@@ -66,7 +67,8 @@ def _layer(model: ModelConfig, index: int) -> Iterator[ParameterSpec]:
 
 
 def _norm(model: ModelConfig, name: str, layer: int | None) -> Iterator[ParameterSpec]:
-    common = {"decay": False, "layer": layer, "partial": Partial.SEQUENCE}
+    end = "last" if layer is None else None
+    common = {"decay": False, "layer": layer, "partial": Partial.SEQUENCE, "end": end}
     yield ParameterSpec(f"{name}.weight", (model.hidden,), fill=1.0, **common)  # type: ignore[arg-type]
     if model.norm == "layer_norm":
         yield ParameterSpec(f"{name}.bias", (model.hidden,), **common)  # type: ignore[arg-type]

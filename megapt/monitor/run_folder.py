@@ -54,7 +54,7 @@ class RunFolder:
     from the latest one, so the highest number is what runs now and the whole history stays readable.
 
     Holds the folder's lock as long as it lives (the process, at most): two runs writing one curve and one set of
-    checkpoints would ruin both.
+    checkpoints would ruin both. On a file system without locks it says so on stderr and goes on.
 
     Raises:
         UserError: ``path`` exists and is not a folder, or cannot be made, or another run holds it.
@@ -72,11 +72,16 @@ class RunFolder:
         self._lock = open(self.path / ".lock", "a")  # closing it gives the lock back
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise UserError(
                 f"run folder: another run is writing to {self.path}; wait for it, stop it, or name another folder"
             ) from error
+        except OSError as error:  # some shared file systems have no locks, and a run must still be possible there
+            print(
+                f"run folder: {self.path} cannot be locked here ({error.strerror}); start no second run in it",
+                file=sys.stderr,
+            )
 
     def record(self, config_text: str, environment: Mapping[str, Any]) -> None:
         """Write the config (YAML) and the environment (``describe_environment``), each whole or not."""

@@ -59,8 +59,7 @@ class TiedWeights:
         self.axis = pp
         self.parameter: Parameter | None = None
         if tied and self.axis.size > 1 and self.axis.rank in (0, self.axis.size - 1):
-            name = "embedding.weight"
-            (self.parameter,) = (p for p in parameters if name in (p.spec.name, p.spec.tied_to))
+            (self.parameter,) = (p for p in parameters if p.spec.has_copy or p.spec.tied_to is not None)
 
     def collect(self) -> None:
         """Add the copy's gradient to the owner's."""

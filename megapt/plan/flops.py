@@ -13,9 +13,5 @@ def model_flops_per_token(model: ModelConfig, sequence: int) -> float:
     plus attention scores and values over the whole sequence, 12 x layers x heads x head width x sequence. Recomputed
     work does not count, and causal attention counts as if it were full.
     """
-    matrices = sum(
-        spec.numel
-        for spec in parameter_table(model).values()
-        if len(spec.shape) == 2 and spec.name not in ("embedding.weight", "positions.weight")
-    )
+    matrices = sum(spec.numel for spec in parameter_table(model).values() if len(spec.shape) == 2 and not spec.lookup)
     return 6.0 * matrices + 12.0 * model.layers * model.heads * model.head_width * sequence

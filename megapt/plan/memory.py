@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megapt.config import Config
 from megapt.model.table import parameter_table
 from megapt.parallel.pipeline.actions import Placement
-from megapt.parallel.pipeline.stages import split_layers, stage_parameters
-
-_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+from megapt.parallel.pipeline.check import check
+from megapt.parallel.pipeline.schedules import schedule
+from megapt.parallel.pipeline.stages import DTYPES, split_layers, stage_parameters
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,20 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def stage_memory(config: Config, data: int) -> list[StageMemory]:
-    """One entry per pipeline rank. Gradients accumulate in full precision; masters count where weights are narrower.
+def stage_memory(config: Config, data: int, cpu: bool = False) -> list[StageMemory]:
+    """One entry per pipeline rank, of a run with `data` data-parallel ranks on GPUs, or on CPUs if `cpu`.
 
-    Activations are what one forward keeps for its backward, times the micro-batches in flight in 1F1B; buffers of
-    collectives, the allocator's waste and the libraries' own memory are left out.
+    Gradients accumulate in full precision; masters count where weights are narrower. Activations are what the forward
+    of a chunk keeps for its backward, times the forwards that the schedule holds at its peak; buffers of collectives,
+    the allocator's waste and the libraries' own memory are left out.
     """
     model, parallel, zero = config.model, config.parallel, config.zero
     layers = split_layers(model, parallel)
     placement = Placement(parallel.pipeline, parallel.chunks)
-    width = _BYTES[config.precision]
+    width = DTYPES[config.precision].itemsize
     wide = max(width, 4)
     shards = data if zero.stage >= 1 else 1
+    activations = _activations(config, layers, data, cpu)
     stages = []
     for rank in range(parallel.pipeline):
         virtual = [placement.virtual(rank, chunk) for chunk in range(parallel.chunks)]
@@ -52,7 +55,7 @@ def stage_memory(config: Config, data: int) -> list[StageMemory]:
                 weights=count * width // (data if zero.stage == 3 else 1),
                 gradients=count * wide // (data if zero.stage >= 2 else 1),
                 optimizer=count * (2 * wide + masters) // shards,
-                activations=_activations(config, rank, [layers[v] for v in virtual]),
+                activations=activations[rank],
             )
         )
     return stages
@@ -66,23 +69,51 @@ def _local_elements(config: Config, layers: range, first: bool, last: bool) -> i
         if spec.tied_to and first and last:
             continue  # the same tensor as its owner
         shape = spec.shard(0, parallel.tensor, parallel.vocabulary_multiple).shape
-        size = 1
-        for extent in shape:
-            size *= extent
-        total += size
+        total += math.prod(shape)
     return total
 
 
-def _activations(config: Config, rank: int, chunks: list[range]) -> int:
+def _activations(config: Config, layers: list[range], data: int, cpu: bool) -> list[int]:
+    """Bytes per pipeline rank, given the layers of each virtual stage."""
     model, parallel, batch = config.model, config.parallel, config.batch
-    tokens, tensor = batch.micro * batch.sequence, parallel.tensor
+    placement = Placement(parallel.pipeline, parallel.chunks)
+    # The pipeline is full long before this many micro-batches; more change no peak.
+    steps = min(batch.global_samples // (batch.micro * data), 4 * parallel.pipeline)
+    peaks = check(schedule(parallel.schedule, parallel.pipeline, parallel.chunks, steps)).peak_live
+    width = DTYPES[config.precision].itemsize
+    stream = batch.micro * batch.sequence * model.hidden * width
+    if parallel.sequence_parallel:
+        stream //= parallel.tensor
+    per_layer = layer_activations(config, cpu)
+    totals = []
+    for rank, peak in enumerate(peaks):
+        virtual = [placement.virtual(rank, chunk) for chunk in range(parallel.chunks)]
+        # A chunk's output waits for its gradient; the last one's is the input of the head's norm.
+        average = sum(per_layer * len(layers[v]) + stream for v in virtual) / len(virtual)
+        totals.append(int(peak * average))
+    # The head keeps the gradients of its input and of its weight; its backward follows at once, so they exist once.
+    head = parameter_table(model)["head.weight"].shard(0, parallel.tensor, parallel.vocabulary_multiple)
+    totals[-1] += stream + math.prod(head.shape) * max(width, 4)
+    return totals
+
+
+def layer_activations(config: Config, cpu: bool) -> int:
+    """Bytes that a tensor rank keeps of one layer's forward for its backward, for one micro-batch.
+
+    That is, by what makes it: the residual stream and its normalised copy, for both norms; queries, keys and values
+    as attention takes them, its result and one sum of exponentials per head; the MLP's first projection and the input
+    of its second. On a GPU turned queries and keys live beside the projection that the values are a view of.
+    """
+    model, parallel, tensor = config.model, config.parallel, config.parallel.tensor
+    tokens = config.batch.micro * config.batch.sequence
+    width = DTYPES[config.precision].itemsize
+    wide = max(width, 4)
+    heads = model.heads // tensor
+    kv_heads = max(1, model.num_kv_heads // tensor)  # ranks beyond the key/value heads share them
+    turned = 0 if cpu or model.position != "rope" else heads + kv_heads
+    attention = (2 * heads + 2 * kv_heads + turned) * model.head_width * width + heads * wide
+    mlp = (3 if model.gated else 2) * model.ffn // tensor * width
+    statistics = (2 if model.norm == "layer_norm" else 1) * wide
+    stream = 2 * (2 * model.hidden * width + statistics)
     between = tensor if parallel.sequence_parallel else 1
-    heads, kv = model.heads * model.head_width, model.num_kv_heads * model.head_width
-    # Saved per layer: both norms' inputs and outputs; q, k, v; attention's result and the projection's input (one
-    # tensor); the MLP's projections, activation and product.
-    per_token = 4 * model.hidden / between + (2 * heads + 2 * kv + (4 if model.gated else 2) * model.ffn) / tensor
-    per_layer = int(tokens * per_token * _BYTES[config.precision])
-    in_flight = min(parallel.pipeline - rank, max(1, batch.global_samples // batch.micro))
-    if parallel.chunks > 1:
-        in_flight = parallel.pipeline - rank + parallel.pipeline * (parallel.chunks - 1) / parallel.chunks  # type: ignore[assignment]
-    return int(per_layer * sum(len(c) for c in chunks) * in_flight)
+    return tokens * (attention + mlp) + tokens // between * stream

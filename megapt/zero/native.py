@@ -184,4 +184,5 @@ class NativeBackend(ZeroBackend):
 
     def describe(self) -> str:
         where = f"over {self.mesh.dp.size} ranks" if self.sharded else "replicated"
-        return f"native ZeRO {self.stage}: optimizer state {where}, fp32 reduction, fused AdamW"
+        wide = "fp64" if self.parameters[0].dtype == torch.float64 else "fp32"
+        return f"native ZeRO {self.stage}: optimizer state {where}, {wide} reduction, fused AdamW"

@@ -81,3 +81,27 @@ def test_head_pads_without_effect() -> None:
         losses.append(head(h, labels).detach())
         assert float(plain(h, head.weight[:VOCABULARY].detach(), labels)) == pytest.approx(float(losses[-1]), rel=1e-13)
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-14)
+
+
+def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad the loss must cost one product per block, not three."""
+    h, rows = torch.randn(8, 4), torch.randn(VOCABULARY, 4, requires_grad=True)
+    calls = []
+    original = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    tensor._LinearCrossEntropy.apply(h, rows, torch.zeros(8, dtype=torch.long), ALONE, 0, VOCABULARY, False)
+    assert len(calls) == 1
+
+
+def test_the_scale_is_not_rounded_to_bf16() -> None:
+    """One over a token count is no bf16 number; rounding it first would shift all gradients by up to 0.4 %."""
+    torch.manual_seed(0)
+    h = torch.randn(64, 16).bfloat16()
+    rows = torch.randn(VOCABULARY, 16).bfloat16().requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (64,))
+    sums = []
+    for scale in (1.0, 1 / 5000):
+        loss = tensor._LinearCrossEntropy.apply(h, rows, labels, ALONE, 0, VOCABULARY, True)
+        (gradient,) = torch.autograd.grad(loss * scale, rows)
+        sums.append(float(gradient.double().norm()) / scale)
+    assert abs(sums[1] / sums[0] - 1) < 5e-4

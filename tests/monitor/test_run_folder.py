@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -31,6 +32,20 @@ def test_two_runs_cannot_hold_one_folder(tmp_path: Path) -> None:
         RunFolder(tmp_path)
     del first
     RunFolder(tmp_path)
+
+
+def test_a_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    RunFolder(tmp_path).record("a: 1\n", {"host": "node1"})
+    assert names(tmp_path) == {"config.yaml", "environment.json"}
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    assert f"{tmp_path} cannot be locked here (No locks available)" in captured.err
 
 
 def test_resuming_unchanged_adds_nothing(tmp_path: Path) -> None:

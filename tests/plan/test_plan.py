@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from megapt.config import ModelConfig, check_world, from_tree, load
 from megapt.engine import Engine
+from megapt.model.positions import rotary_table
 from megapt.model.table import parameter_table
+from megapt.parallel.pipeline.check import check
+from megapt.parallel.pipeline.schedules import schedule
 from megapt.plan.flops import model_flops_per_token
-from megapt.plan.memory import stage_memory
-from tests.distributed.layouts import GPT2, LLAMA, tree
+from megapt.plan.memory import layer_activations, stage_memory
+from tests.distributed.layouts import GPT2, LLAMA, SEQUENCE, tree
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -53,3 +58,92 @@ def test_state_is_what_the_native_backend_allocates(model: dict, precision: str)
         for name, tensor in fragment.tensors.items():
             state += tensor.numel() * tensor.element_size() if masters or name != "weight" else 0
     assert stage.optimizer == state
+
+
+def _saved_bytes(engine: Engine, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the storages that autograd keeps, each once; parameters and tables of positions not counted."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # holding it, so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    assert output.requires_grad
+    for tensor in (*engine.parameters, *(_rotary(engine) or ())):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _rotary(engine: Engine) -> tuple[Tensor, Tensor] | None:
+    model, dtype = engine.config.model, engine.pipeline.dtype
+    if model.position != "rope":
+        return None
+    return rotary_table(model, SEQUENCE, torch.device("cpu"), torch.promote_types(dtype, torch.float32))
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2, LLAMA | {"norm": "layer_norm", "gated": False}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_activations_are_what_autograd_keeps(model: dict, precision: str) -> None:
+    config = from_tree(tree(model, precision=precision)).config
+    engine = Engine(config, 1, torch.device("cpu"), optimize=False)
+    chunk, micro = engine.chunks[0], config.batch.micro
+    x = torch.ones(micro * SEQUENCE, config.model.hidden, dtype=engine.pipeline.dtype, requires_grad=True)
+    layer = chunk.get_submodule("layers.1")
+    one = _saved_bytes(engine, lambda: layer(x, micro, _rotary(engine)))
+    assert layer_activations(config, cpu=True) == pytest.approx(one, rel=0.02)
+
+    tokens = torch.zeros(micro, SEQUENCE, dtype=torch.long)
+    every = _saved_bytes(engine, lambda: chunk(tokens, micro, SEQUENCE, tokens))
+    (stage,) = stage_memory(config, 1, cpu=True)
+    assert stage.activations == pytest.approx(every, rel=0.02)
+
+
+def test_turned_queries_and_keys_live_beside_the_projection_on_a_gpu() -> None:
+    config = from_tree(tree(LLAMA, precision="fp32")).config
+    tokens, width = config.batch.micro * SEQUENCE, config.model.head_width
+    extra = layer_activations(config, cpu=False) - layer_activations(config, cpu=True)
+    assert extra == tokens * (4 + 2) * width * 4
+    learned = from_tree(tree(GPT2)).config
+    assert layer_activations(learned, cpu=False) == layer_activations(learned, cpu=True)
+
+
+def test_ranks_that_share_key_heads_keep_a_whole_one() -> None:
+    def layer(tp: int) -> int:
+        return layer_activations(from_tree(tree(LLAMA, tp=tp, precision="fp32")).config, cpu=True)
+
+    # From two to four ranks all is halved but the key and the value head that two ranks then share.
+    tokens, width = 2 * SEQUENCE, LLAMA["hidden"] // LLAMA["heads"]
+    assert layer(4) - layer(2) // 2 == tokens * 2 * width * 4 // 2
+
+
+@pytest.mark.parametrize("data,live", [(1, [4, 3, 2, 1]), (2, [2, 2, 2, 1]), (4, [1, 1, 1, 1])])
+def test_micro_batches_in_flight_are_those_of_the_schedule(data: int, live: list[int]) -> None:
+    """Eight samples in micro-batches of two, over one, two or four replicas."""
+    config = from_tree(tree(LLAMA, pp=4, precision="fp32")).config
+    stages = stage_memory(config, data)
+    stream = 2 * SEQUENCE * 32 * 4
+    assert live == check(schedule("1f1b", 4, 1, 4 // data)).peak_live
+    head = [0, 0, 0, stream + 61 * 32 * 4]
+    chunk = layer_activations(config, cpu=False) + stream
+    assert [s.activations for s in stages] == [n * chunk + h for n, h in zip(live, head, strict=True)]
+
+
+def test_chunks_in_flight_weigh_what_a_chunk_does() -> None:
+    config = from_tree(tree(LLAMA, pp=2, precision="fp32", schedule="interleaved", chunks=2)).config
+    first, last = stage_memory(config, 1)
+    peaks = check(schedule("interleaved", 2, 2, 4)).peak_live
+    stream = 2 * SEQUENCE * 32 * 4
+    chunk = layer_activations(config, cpu=False) + stream
+    assert first.activations == peaks[0] * chunk and peaks[0] == 5
+    assert last.activations == peaks[1] * chunk + stream + 61 * 32 * 4
+
+
+def test_many_micro_batches_change_no_peak() -> None:
+    def activations(samples: int) -> list[int]:
+        plain = tree(LLAMA, pp=2, precision="fp32", schedule="interleaved", chunks=2)
+        config = from_tree(plain | {"batch": {"sequence": SEQUENCE, "samples": samples}}).config
+        return [stage.activations for stage in stage_memory(config, 1)]
+
+    assert activations(8) == activations(1 << 20)

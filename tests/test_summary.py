@@ -1,0 +1,41 @@
+"""The summary names what really computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megapt.config import from_tree
+from megapt.mesh import Axis, ParallelMesh
+from megapt.summary import kernels
+from tests.distributed.layouts import GPT2, LLAMA, tree
+
+
+def _kernels(model: dict[str, Any], device: str, **more: Any) -> str:
+    one = Axis(0, 1, None)
+    mesh = ParallelMesh(one, one, one, one, 0, 1, torch.device(device))
+    return "; ".join(kernels(from_tree(tree(model, **more)).config, mesh))
+
+
+def test_kernels_of_the_cpu_and_of_a_gpu() -> None:
+    cpu, gpu = _kernels(LLAMA, "cpu", precision="bf16"), _kernels(LLAMA, "cuda", precision="bf16")
+    assert "flash kernel for CPUs, rotary" in cpu and "RMSNorm: megapt" in cpu
+    assert "scaled_dot_product_attention in bf16, rotary" in gpu and "RMSNorm: torch" in gpu
+    for text in (cpu, gpu):
+        assert "gated silu, recomputed in the backward pass: megapt" in text and "softmax in fp32" in text
+
+
+def test_kernels_of_a_gpt() -> None:
+    text = _kernels(GPT2, "cpu", precision="fp64")
+    assert "LayerNorm: torch" in text and "MLP's gelu_tanh: torch" in text and "softmax in fp64" in text
+    assert "rotary" not in text and "gated" not in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero", "reduced"),
+    [("bf16", ("native", 1), "fp32"), ("fp64", ("native", 1), "fp64"), ("fp64", ("deepspeed", 1), "fp32")],
+)
+def test_precision_of_the_reduction(precision: str, zero: tuple[str, int], reduced: str) -> None:
+    assert _kernels(LLAMA, "cpu", precision=precision, zero=zero).endswith(f"gradient reduction: {reduced}")
