@@ -16,7 +16,6 @@ from megapt.data.tokenizers import load as load_tokenizer
 from megapt.distributed import join, leave
 from megapt.engine import Engine
 from megapt.errors import UserError
-from megapt.model.table import parameter_table
 from megapt.parameters import derive_key, philox
 from megapt.zero.base import Fragment
 
@@ -54,12 +53,19 @@ def generate(
 
 
 def inference_config(checkpoint: str | Path, world: int = 1, parallel: dict[str, Any] | None = None) -> Config:
-    """The config that a checkpoint was trained with, in fp32 and in the layout that is asked for."""
-    folder = checkpoints.resolve(checkpoint)
-    tree = checkpoints.read_index(folder).meta["config"]
-    tree["parallel"] = parallel or {}
-    tree["precision"] = "fp64" if tree["precision"] == "fp64" else "fp32"
-    tree["batch"] |= {"samples": world, "tokens": None, "micro": 1, "ramp": None, "sequence": tree["batch"]["sequence"]}
+    """The model, data and sequence of a checkpoint's config, in fp32 (fp64 if trained so) and in the layout asked for.
+
+    How it was trained (ZeRO, optimizer, batch, schedule) does not limit where it can be read, and is left out.
+    """
+    trained = checkpoints.read_index(checkpoint).meta["config"]
+    tree = {
+        "precision": "fp64" if trained["precision"] == "fp64" else "fp32",
+        "model": trained["model"],
+        "parallel": parallel or {},
+        "data": trained["data"],
+        "batch": {"sequence": trained["batch"]["sequence"], "samples": world},
+        "train": {"steps": 1},  # a config must have a length; nothing is trained
+    }
     return from_tree(tree).config
 
 
@@ -67,8 +73,7 @@ def load_engine(checkpoint: str | Path, config: Config, world: int, device: torc
     """The model of a checkpoint, without an optimizer. Collective."""
     engine = Engine(config, world, device, optimize=False)
     fragments = [Fragment(p, 0, p.numel(), {"weight": p.data.view(-1)}) for p in engine.parameters]
-    folder = checkpoints.resolve(checkpoint)
-    checkpoints.load(folder, fragments, engine.mesh, parameter_table(config.model), weights_only=True)
+    checkpoints.load(checkpoint, fragments, engine.mesh, config.model, weights_only=True)
     return engine
 
 

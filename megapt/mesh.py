@@ -76,8 +76,13 @@ class ParallelMesh:
 
     def describe(self, rank: int) -> str:
         """A rank's place in words, for messages."""
-        pp, rest = divmod(rank, self.dp.size * self.tp.size)
-        return f"rank {rank} (pp {pp}, dp {rest // self.tp.size}, tp {rest % self.tp.size})"
+        return describe_rank(rank, self.dp.size, self.tp.size)
+
+
+def describe_rank(rank: int, data: int, tensor: int) -> str:
+    """The place in words of a rank in a mesh of these sizes, where no mesh has been made yet."""
+    pp, rest = divmod(rank, data * tensor)
+    return f"rank {rank} (pp {pp}, dp {rest // tensor}, tp {rest % tensor})"
 
 
 def _axis(mesh: DeviceMesh) -> Axis:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megapt.engine import Engine
+    from megapt.mesh import ParallelMesh
 
 CHECKPOINTS = "checkpoints"
 
@@ -96,20 +97,17 @@ class RunPlan:
 
 
 def _join_and_train(loaded: Loaded, plan: RunPlan, environment: RankEnvironment) -> int:
+    from megapt.checkpoint import AgreedError
     from megapt.distributed import join, leave
     from megapt.engine import Engine
+    from megapt.mesh import describe_rank
     from megapt.monitor.signals import StopRequest
     from megapt.monitor.watchdog import Watchdog
 
     config = loaded.config
     environment, device = join(environment)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    tensor, ranks_per_stage = config.parallel.tensor, environment.world // config.parallel.pipeline
-
-    def describe(rank: int) -> str:
-        pp, rest = divmod(rank, ranks_per_stage)
-        return f"rank {rank} (pp {pp}, dp {rest // tensor}, tp {rest % tensor})"
-
+    data, tensor = check_world(config, environment.world), config.parallel.tensor
     limit = config.run.time_limit
     with (
         # Outside the watchdog: a launcher that tells the survivors to stop must not keep them from naming who died.
@@ -119,7 +117,7 @@ def _join_and_train(loaded: Loaded, plan: RunPlan, environment: RankEnvironment)
             environment.master_port,
             environment.rank,
             environment.world,
-            describe,
+            lambda rank: describe_rank(rank, data, tensor),
             stall_timeout=config.run.stall_timeout,
             prefix=f"watchdog/{attempt}",
         ) as watchdog,
@@ -129,13 +127,13 @@ def _join_and_train(loaded: Loaded, plan: RunPlan, environment: RankEnvironment)
             engine = Engine(config, environment.world, device)
             training = Training(loaded, plan, engine, watchdog.beat, stop.reason)
             training.start()
-        except UserError as error:
-            # Raised on all ranks alike: rank 0 says it, and nobody is to blame.
+            training.run()
+        except AgreedError as error:
+            # All ranks are here: rank 0 says it, and nobody is to blame. What one rank raises, the watchdog reports.
             if environment.rank == 0:
                 print(f"megapt: error: {error}", file=sys.stderr)
             watchdog.close()
             return 2
-        training.run()
     leave()
     return 0
 
@@ -172,14 +170,14 @@ class Training:
         from megapt import checkpoint
 
         together = self._together()
-        newest = together.run(lambda: checkpoint.find_latest(self.folder / CHECKPOINTS))
-        together.agree()
+        newest = checkpoint.choose(self.engine.mesh, lambda: checkpoint.find_latest(self.folder / CHECKPOINTS))
         origin = "fresh weights"
         if newest is not None:
             self._resume(newest)
             origin = f"resumed from {newest}"
-        elif self.config.checkpoint.load is not None:
-            source = checkpoint.resolve(self.config.checkpoint.load)
+        elif (given := self.config.checkpoint.load) is not None:
+            source = checkpoint.choose(self.engine.mesh, lambda: checkpoint.resolve(given))
+            assert source is not None
             self._load(source, weights_only=True)
             origin = f"weights of {source}"
         # The loader would meet token ids that the model does not know only once the run folder exists.
@@ -196,17 +194,21 @@ class Training:
 
     def _load(self, source: Path, weights_only: bool) -> dict[str, Any]:
         from megapt import checkpoint
-        from megapt.model.table import parameter_table
 
-        engine = self.engine
+        engine, model = self.engine, self.config.model
         self.beat(self.step, f"loading {source}")
-        table = parameter_table(self.config.model)
-        meta = checkpoint.load(source, engine.backend.fragments(), engine.mesh, table, weights_only=weights_only)
+        meta = checkpoint.load(source, engine.backend.fragments(), engine.mesh, model, weights_only=weights_only)
         engine.backend.loaded(0 if weights_only else meta["updates"])
         return meta
 
     def _resume(self, source: Path) -> None:
         meta = self._load(source, weights_only=False)
+        together = self._together()
+        together.run(lambda: self._check_receipt(source, meta))
+        together.agree()
+        self.step, self.skipped, self.receipt = meta["step"], meta["skipped"], Receipt.from_dict(meta["receipt"])
+
+    def _check_receipt(self, source: Path, meta: dict[str, Any]) -> None:
         receipt = Receipt.from_dict(meta["receipt"])
         receipt.check(self.plan.train.fingerprint)
         expected = self.plan.batches.first_sample(meta["step"])
@@ -215,7 +217,6 @@ class Training:
                 f"{source} had consumed {receipt.samples} samples at step {meta['step']}, but this config's batches "
                 f"would have consumed {expected}: batch.samples, batch.tokens and batch.ramp must stay as they were"
             )
-        self.step, self.skipped, self.receipt = meta["step"], meta["skipped"], receipt
 
     def _open_run_folder(self, origin: str) -> None:
         from megapt.model.table import parameter_table
@@ -258,7 +259,7 @@ class Training:
     def run(self) -> None:
         """Train until the last step or a stop request, validate, save."""
         config = self.config
-        stop = _StopAgreement(self.engine)
+        stop = _StopAgreement(self.engine.mesh)
         interval_start, interval_step = time.perf_counter(), self.step
         while self.step < self.plan.steps:
             self.beat(self.step, "training")
@@ -380,16 +381,25 @@ class Training:
                 emit(f"WARNING: {error}; training goes on, the next checkpoint is tried when it is due")
             return
         if self.leader:
-            checkpoint.retain(folder, self.config.checkpoint.keep)
             emit(f"step {self.step}/{self.plan.steps} | saved {path} in {time.perf_counter() - started:.1f} s")
+            try:
+                checkpoint.retain(folder, self.config.checkpoint.keep)
+            except OSError as error:
+                emit(f"WARNING: older checkpoints in {folder} could not be removed and take up space: {error}")
 
 
 class _StopAgreement:
     """All ranks stop at the same step. The flag of a step is read one step later, when it has long arrived, so that
-    the host never waits for it."""
+    the host never waits for it. It lives on the CPU: reading one on the GPU would wait for all that is enqueued there.
 
-    def __init__(self, engine: Engine) -> None:
-        self.mesh = engine.mesh
+    Collective."""
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        import torch.distributed as dist
+
+        self.mesh = mesh
+        own_group = mesh.world > 1 and mesh.device.type != "cpu"
+        self.group = dist.new_group(backend="gloo") if own_group else None
         self.pending: tuple[Any, Tensor] | None = None
 
     def agreed(self, reason: str | None) -> bool:
@@ -404,6 +414,6 @@ class _StopAgreement:
             work, flag = self.pending
             work.wait()
             stopping = bool(flag.item())
-        flag = torch.tensor(int(reason is not None), dtype=torch.int32, device=self.mesh.device)
-        self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True), flag)
+        flag = torch.tensor(int(reason is not None), dtype=torch.int32)
+        self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
         return stopping

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from megapt.checkpoint.choice import choose
 from megapt.checkpoint.folders import resolve
 from megapt.checkpoint.index import Index, Slice, read_index
 from megapt.checkpoint.tensorfile import DTYPES, checksum
@@ -18,6 +19,7 @@ from megapt.checkpoint.together import Together
 from megapt.config import ModelConfig
 from megapt.errors import UserError
 from megapt.mesh import ParallelMesh
+from megapt.model.table import parameter_table
 from megapt.parameters import ParameterTable, Shard
 from megapt.zero.base import Fragment
 
@@ -97,20 +99,22 @@ def load(
     path: str | Path,
     fragments: Iterable[Fragment],
     mesh: ParallelMesh,
-    table: ParameterTable,
+    model: ModelConfig,
     weights_only: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
     """Collective: fill this rank's fragments in place, whatever layout they were saved in; returns the meta.
 
-    table: of the whole model, whose names and shapes must be the checkpoint's; weights_only: leave the
-    moments as they are. fp32 and fp64 convert into each other (rounding to nearest), other dtypes must agree;
-    padding becomes zero. Raises the same UserError on every rank: before anything is filled if the model does
-    not agree, while filling if a file turns out to be damaged.
+    path: whatever `resolve` accepts, as rank 0 sees it; model: must be the checkpoint's, in names and shapes and
+    in every setting that changes what is computed; weights_only: leave the moments as they are. fp32 and fp64 convert
+    into each other (rounding to nearest), other dtypes must agree; padding becomes zero. Raises AgreedError: before
+    anything is filled if the model does not agree, while filling if a file turns out to be damaged.
     """
     together = Together(mesh)
     own = list(fragments)
-    reader = together.run(lambda: _checked_reader(Path(path), own, mesh, table, weights_only, verify))
+    folder = choose(mesh, lambda: resolve(path))
+    assert folder is not None
+    reader = together.run(lambda: _checked_reader(folder, own, mesh, model, weights_only, verify))
     together.agree()
     assert reader is not None
     together.run(lambda: _fill_all(reader, own, weights_only))
@@ -152,16 +156,16 @@ def stored_model(folder: Path, index: Index) -> ModelConfig:
 
 
 def _checked_reader(
-    path: Path,
+    folder: Path,
     fragments: list[Fragment],
     mesh: ParallelMesh,
-    table: ParameterTable,
+    model: ModelConfig,
     weights_only: bool,
     verify: bool,
 ) -> Reader:
-    folder = resolve(path)
     index = read_index(folder, files=mesh.rank == 0)  # the sizes of thousands of files are asked for once
-    if problems := _differences(index, table):
+    problems = [*_other_settings(stored_model(folder, index), model), *_differences(index, parameter_table(model))]
+    if problems:
         raise UserError(f"{folder} does not hold this model:\n" + "\n".join(problems))
     reader = Reader(folder, index, verify)
     for fragment in fragments:
@@ -176,6 +180,20 @@ def _checked_reader(
             if stored != view.dtype and not {stored, view.dtype} <= set(_CONVERTIBLE):
                 raise UserError(f"{kind} of {name}: stored as {stored}, cannot be loaded as {view.dtype}")
     return reader
+
+
+def _other_settings(stored: ModelConfig, model: ModelConfig) -> list[str]:
+    """Weights of equal shapes are another model's where, say, the heads or the rotary base differ."""
+    theirs, ours = _settings(stored), _settings(model)
+    if stored.position == model.position == "rope":
+        del theirs["max_sequence"], ours["max_sequence"]  # no weight and no number depends on it
+    found = [f"model.{key} (stored {theirs[key]}, given {ours[key]})" for key in ours if theirs[key] != ours[key]]
+    return [f"of another setting: {', '.join(found)}"] if found else []
+
+
+def _settings(model: ModelConfig) -> dict[str, Any]:
+    effective = {"kv_heads": model.num_kv_heads, "head_dim": model.head_width}
+    return model.model_dump(exclude={"init_std"}) | effective
 
 
 def _differences(index: Index, table: ParameterTable) -> list[str]:

@@ -14,6 +14,10 @@ from megapt.mesh import ParallelMesh
 T = TypeVar("T")
 
 
+class AgreedError(UserError):
+    """Raised at the same place with the same message on every rank: one of them may say it for all."""
+
+
 class Together:
     """Keeps a rank's first failure until all ranks agree on what happened.
 
@@ -37,7 +41,10 @@ class Together:
             return None
 
     def agree(self) -> None:
-        """Collective. If any rank failed, every rank raises the same UserError, which names up to three."""
+        """Collective. If any rank failed, every rank raises the same AgreedError, which names up to three.
+
+        A rank whose failure is a defect raises that instead.
+        """
         if self.error is not None and not isinstance(self.error, (UserError, OSError)):
             own: Exception | None = self.error  # a defect, not a condition: keep its type and traceback
         else:
@@ -47,7 +54,7 @@ class Together:
         if own is not None:
             raise own
         if message is not None:
-            raise UserError(self.what + message) from self.error
+            raise AgreedError(self.what + message) from self.error
 
     def _collect(self, text: str | None) -> str | None:
         failed = torch.tensor([int(text is not None)], dtype=torch.int32, device=self.mesh.device)

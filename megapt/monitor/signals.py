@@ -1,4 +1,4 @@
-"""Stopping a run in good order: signals and a time limit set a flag, and the ranks agree on it."""
+"""Stopping a run in good order: signals and a time limit become a question asked once per step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import signal
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megapt.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from torch.distributed import ProcessGroup
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -45,7 +41,7 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._handle)
 
     def reason(self) -> str | None:
-        """Why this rank should stop after the current step, or ``None``; see ``agree`` for all ranks."""
+        """Why this rank should stop after the current step, or ``None``; the ranks must still agree on it."""
         if self._received is not None:
             again = " (a second one interrupts at once)" if self._received == signal.SIGINT else ""
             return f"received {self._received.name}{again}"
@@ -72,24 +68,3 @@ class StopRequest:
         # A Ctrl-C after another signal still counts as the first SIGINT.
         if self._received is None or number == signal.SIGINT:
             self._received = signal.Signals(number)
-
-
-def agree(local: bool, group: ProcessGroup | None, device: torch.device | str = "cpu") -> bool:
-    """Whether any rank of ``group`` says ``True``, so that all stop at one step: a MAX all-reduce of one int.
-
-    Every rank of the group calls it at the same step. Without a process group, or with one of one rank, it
-    returns ``local`` and communicates nothing.
-
-    Args:
-        local: this rank's wish.
-        group: the ranks that must agree; ``None`` for all.
-        device: where the int lives: ``"cpu"`` for gloo, this rank's CUDA device for NCCL.
-    """
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return local
-    flag = torch.tensor([int(local)], dtype=torch.int32, device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    return bool(flag.item())

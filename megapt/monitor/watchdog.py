@@ -99,7 +99,7 @@ class Watchdog:
         self._count = 0
         self._writing = threading.Lock()
         self._leaving = threading.Lock()
-        self._answered, self._all_started = threading.Event(), threading.Event()
+        self._answered, self._all_started, self._refused = (threading.Event() for _ in range(3))
         self._stop_watch, self._stop_guard = threading.Event(), threading.Event()
         self._hurry, self._others_done = threading.Event(), threading.Event()
         self._store: Store = self._connect(start_timeout)
@@ -254,8 +254,12 @@ class Watchdog:
         # listens.
         try:
             socket.create_connection(self._address, timeout=self._timeout).close()
+        except ConnectionRefusedError:
+            self._refused.set()
+            return False
         except OSError:
             return False
+        self._refused.clear()
         self._store = self._connect(self._timeout)
         return True
 
@@ -273,8 +277,9 @@ class Watchdog:
                 silence = 0.0
                 continue
             # A TCPStore looks up the name of whoever connects, and with a slow name service it answers nobody
-            # meanwhile; once all are connected there is no such excuse.
-            if silence > (self._timeout if self._all_started.is_set() else self._start_timeout):
+            # meanwhile; once all are connected, or once nobody listens any more, there is no such excuse.
+            excused = not (self._all_started.is_set() or self._refused.is_set())
+            if silence > (self._start_timeout if excused else self._timeout):
                 self._leave(self._unreachable(silence))
 
     def _unreachable(self, silence: float) -> Verdict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ GPT2 = ModelConfig(
     activation="gelu_tanh", gated=False, position="learned", bias="all", tied_embeddings=True,
 )  # fmt: skip
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def meta_of(model: ModelConfig) -> dict[str, Any]:
+    """The part of a run's meta by which loading knows the model."""
+    return {"config": {"model": model.model_dump()}}
 
 
 @dataclass(frozen=True)

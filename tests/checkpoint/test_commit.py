@@ -17,20 +17,19 @@ from megapt.checkpoint.index import marker_of
 from megapt.checkpoint.tensorfile import TensorFile
 from megapt.errors import UserError
 from megapt.mesh import ParallelMesh
-from megapt.model.table import parameter_table
-from tests.checkpoint.fakes import LLAMA, Layout, check_loaded, fragments
+from tests.checkpoint.fakes import LLAMA, Layout, check_loaded, fragments, meta_of
 
 ONE = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
 SMALL = LLAMA.model_copy(update={"layers": 1})
 
 
 def save(folder: Path, step: int) -> Path:
-    return checkpoint.save(folder, step, fragments(SMALL, Layout(), 0, 0, 0), ONE, {"step": step})
+    return checkpoint.save(folder, step, fragments(SMALL, Layout(), 0, 0, 0), ONE, meta_of(SMALL))
 
 
 def load(path: Path, verify: bool = True) -> None:
     target = fragments(SMALL, Layout(), 0, 0, 0, fill=float("nan"))
-    checkpoint.load(path, target, ONE, parameter_table(SMALL), verify=verify)
+    checkpoint.load(path, target, ONE, SMALL, verify=verify)
     check_loaded(target)
 
 

@@ -19,8 +19,13 @@ from megapt.mesh import ParallelMesh
 from megapt.model.table import parameter_table
 from megapt.parameters import ParameterSpec, Split
 from megapt.zero.base import Fragment
-from tests.checkpoint.fakes import GPT2, KINDS, LLAMA, Layout, check_loaded, fragments, true_value
-from tests.checkpoint.ranks import LAYOUTS, every_layout_to_every_layout, one_rank_cannot_write
+from tests.checkpoint.fakes import GPT2, KINDS, LLAMA, Layout, check_loaded, fragments, meta_of, true_value
+from tests.checkpoint.ranks import (
+    LAYOUTS,
+    every_layout_to_every_layout,
+    every_rank_has_its_own_folder,
+    one_rank_cannot_write,
+)
 from tests.distributed.spawn import run_ranks
 
 ONE = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
@@ -28,7 +33,7 @@ ONE = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
 
 def save_alone(folder: Path, model: ModelConfig, step: int = 1, padding: int = 1, **meta: object) -> Path:
     own = fragments(model, Layout(padding=padding), 0, 0, 0)
-    return checkpoint.save(folder, step, own, ONE, meta, parameter_table(model))
+    return checkpoint.save(folder, step, own, ONE, {**meta_of(model), **meta}, parameter_table(model))
 
 
 def load_alone(path: Path, model: ModelConfig, layout: Layout, **options: bool) -> int:
@@ -38,7 +43,7 @@ def load_alone(path: Path, model: ModelConfig, layout: Layout, **options: bool) 
         for dp in range(layout.dp):
             for tp in range(layout.tp):
                 target = fragments(model, layout, pp, dp, tp, fill=float("nan"))
-                checkpoint.load(path, target, ONE, parameter_table(model), **options)
+                checkpoint.load(path, target, ONE, model, **options)
                 count += check_loaded(target)
     return count
 
@@ -83,9 +88,9 @@ def test_rounding_from_fp64_is_to_nearest(tmp_path: Path) -> None:
     saved = fragments(LLAMA, Layout(dtype=torch.float64), 0, 0, 0)
     for fragment in saved:
         fragment.tensors["weight"].copy_(torch.linspace(0, 1, fragment.numel, dtype=torch.float64))
-    path = checkpoint.save(tmp_path, 1, saved, ONE, {})
+    path = checkpoint.save(tmp_path, 1, saved, ONE, meta_of(LLAMA))
     target = fragments(LLAMA, Layout(), 0, 0, 0, fill=0.0)
-    checkpoint.load(path, target, ONE, parameter_table(LLAMA))
+    checkpoint.load(path, target, ONE, LLAMA)
     for before, after in zip(saved, target, strict=True):
         assert torch.equal(after.tensors["weight"], before.tensors["weight"].float())
 
@@ -94,14 +99,14 @@ def test_other_dtypes_are_refused(tmp_path: Path) -> None:
     path = save_alone(tmp_path, LLAMA)
     target = fragments(LLAMA, Layout(dtype=torch.bfloat16), 0, 0, 0, fill=0.0)
     with pytest.raises(UserError, match="embedding.weight: stored as torch.float32.*torch.bfloat16"):
-        checkpoint.load(path, target, ONE, parameter_table(LLAMA))
+        checkpoint.load(path, target, ONE, LLAMA)
 
 
 def test_weights_only_leaves_the_moments(tmp_path: Path) -> None:
     path = save_alone(tmp_path, LLAMA, step=3)
     target = fragments(LLAMA, Layout(tp=2), 0, 0, 1, fill=5.0)
     before = {f.parameter.spec.name: f.tensors["exp_avg"].clone() for f in target}
-    checkpoint.load(path, target, ONE, parameter_table(LLAMA), weights_only=True)
+    checkpoint.load(path, target, ONE, LLAMA, weights_only=True)
     check_loaded(target, kinds=("weight",))
     assert all(torch.equal(f.tensors["exp_avg"], before[f.parameter.spec.name]) for f in target)
 
@@ -110,11 +115,11 @@ def test_a_checkpoint_of_weights_says_that_it_has_no_moments(tmp_path: Path) -> 
     saved = fragments(LLAMA, Layout(), 0, 0, 0)
     for fragment in saved:
         del fragment.tensors["exp_avg"], fragment.tensors["exp_avg_sq"]
-    path = checkpoint.save(tmp_path, 1, saved, ONE, {})
+    path = checkpoint.save(tmp_path, 1, saved, ONE, meta_of(LLAMA))
     target = fragments(LLAMA, Layout(), 0, 0, 0, fill=5.0)
     with pytest.raises(UserError, match="holds no exp_avg of embedding.weight, only weight"):
-        checkpoint.load(path, target, ONE, parameter_table(LLAMA))
-    checkpoint.load(path, target, ONE, parameter_table(LLAMA), weights_only=True)
+        checkpoint.load(path, target, ONE, LLAMA)
+    checkpoint.load(path, target, ONE, LLAMA, weights_only=True)
     check_loaded(target, kinds=("weight",))
 
 
@@ -123,7 +128,7 @@ def test_another_model_is_refused_by_name_before_anything_is_filled(tmp_path: Pa
     other = LLAMA.model_copy(update={"layers": 2, "bias": "qkv", "ffn": 12})
     target = fragments(other, Layout(), 0, 0, 0, fill=5.0)
     with pytest.raises(UserError) as caught:
-        checkpoint.load(path, target, ONE, parameter_table(other))
+        checkpoint.load(path, target, ONE, other)
     message = str(caught.value)
     assert "missing in the checkpoint: layers.0.attention.q.bias" in message
     assert "not in the model: layers.2.attention_norm.weight" in message
@@ -131,7 +136,58 @@ def test_another_model_is_refused_by_name_before_anything_is_filled(tmp_path: Pa
     assert all((f.tensors["weight"][: f.numel] == 5.0).all() for f in target)
     with pytest.raises(UserError, match="not in the model: head.weight"):
         tied = LLAMA.model_copy(update={"tied_embeddings": True})
-        checkpoint.load(path, [], ONE, parameter_table(tied))
+        checkpoint.load(path, [], ONE, tied)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "words"),
+    [
+        (LLAMA, {"heads": 2, "kv_heads": 1, "head_dim": 8}, ["heads (stored 4, given 2)", "head_dim (stored 4"]),
+        (LLAMA, {"rope_theta": 5e5}, ["rope_theta (stored 10000.0, given 500000.0)"]),
+        (LLAMA, {"norm_eps": 1e-6}, ["norm_eps (stored 1e-05, given 1e-06)"]),
+        (GPT2, {"activation": "gelu"}, ["activation (stored gelu_tanh, given gelu)"]),
+        (GPT2, {"max_sequence": 12}, ["max_sequence (stored 10, given 12)", "positions.weight"]),
+    ],
+)
+def test_another_model_of_the_same_shapes_is_refused(
+    tmp_path: Path, model: ModelConfig, change: dict[str, object], words: list[str]
+) -> None:
+    path = save_alone(tmp_path, model)
+    other = model.model_copy(update=change)
+    for weights_only in (False, True):
+        with pytest.raises(UserError, match="does not hold this model") as caught:
+            checkpoint.load(path, [], ONE, other, weights_only=weights_only)
+        for word in words:
+            assert word in str(caught.value)
+        assert "init_std" not in str(caught.value) and "layers (" not in str(caught.value)
+
+
+def test_what_changes_no_number_may_differ(tmp_path: Path) -> None:
+    path = save_alone(tmp_path / "llama", LLAMA)
+    for change in ({"init_std": 0.5}, {"max_sequence": 64}):
+        assert checkpoint.load(path, [], ONE, LLAMA.model_copy(update=change))
+    path = save_alone(tmp_path / "gpt2", GPT2)  # which leaves kv_heads and head_dim to their defaults
+    assert checkpoint.load(path, [], ONE, GPT2.model_copy(update={"kv_heads": 4, "head_dim": 2}))
+
+
+def test_a_checkpoint_that_names_no_model_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, fragments(LLAMA, Layout(), 0, 0, 0), ONE, {})
+    with pytest.raises(UserError, match="its meta has no config.model"):
+        checkpoint.load(path, [], ONE, LLAMA)
+
+
+def test_ranks_take_the_checkpoint_that_rank_0_chooses(tmp_path: Path) -> None:
+    save_alone(tmp_path / "0", LLAMA, step=3)
+    first, second = run_ranks(2, every_rank_has_its_own_folder, str(tmp_path))
+    chosen, late, unseen, alone, refused, nothing = first
+    assert first == second
+    assert chosen == str(tmp_path / "0" / "step-00000003")
+    assert late == str(tmp_path / "0" / "step-00000004")
+    assert "rank 1 (pp 0, dp 1, tp 0): " in unseen and "is not seen committed here" in unseen
+    assert "rank 0 (" not in unseen
+    assert "rank 1 (pp 0, dp 1, tp 0): " in alone and "but rank 0 sees no checkpoint" in alone
+    assert refused == "rank 0 (pp 0, dp 0, tp 0): there is no checkpoint nowhere"
+    assert nothing == "None"
 
 
 def test_a_failing_rank_fails_all_and_leaves_the_older_checkpoint(tmp_path: Path) -> None:
@@ -181,7 +237,8 @@ def test_safetensors_and_json_are_all_there_is(tmp_path: Path) -> None:
     assert torch.equal(tensors["exp_avg/norm.weight"], true_value("norm.weight", "exp_avg", (12,)))
     index = json.loads((path / "index.json").read_text())
     assert (index["format"], index["version"], index["step"]) == ("megapt-checkpoint", 1, 1)
-    assert index["meta"] == {"tokens": 12} and set(index["tensors"]["norm.weight"]["kinds"]) == set(KINDS)
+    assert index["meta"] == {**meta_of(LLAMA), "tokens": 12}
+    assert set(index["tensors"]["norm.weight"]["kinds"]) == set(KINDS)
     digest, name = (path / "COMMITTED").read_text().split()
     assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
     assert {f.suffix for f in path.iterdir()} == {".safetensors", ".json", ""}

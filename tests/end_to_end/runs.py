@@ -91,20 +91,33 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "safetensors.torch", "deepspeed"])
 
 
-def _rank(variables: dict[str, str], arguments: list[str], out: str, err: str) -> None:
+def _rank(
+    variables: dict[str, str], arguments: list[str], out: str, err: str, before: Callable[[], None] | None
+) -> None:
     for descriptor, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(variables)
     torch.set_num_threads(1)  # torch was loaded before it could read OMP_NUM_THREADS
     sys.argv = [SCRIPT, *arguments]
+    if before is not None:
+        before()
     runpy.run_path(SCRIPT, run_name="__main__")
 
 
 class Ranks:
-    """The ranks of one start of the command; `folder` takes what each of them says."""
+    """The ranks of one start of the command; `folder` takes what each of them says.
 
-    def __init__(self, folder: Path, world: int, arguments: Sequence[str | Path]) -> None:
+    before: what some of the ranks do first, by rank: functions of a module, which break something in their process.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: int,
+        arguments: Sequence[str | Path],
+        before: Mapping[int, Callable[[], None]] | None = None,
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         words = [str(a) for a in arguments]
@@ -115,7 +128,8 @@ class Ranks:
             for stream in ("out", "err"):
                 self._file(rank, stream).write_text("")
             files = (str(self._file(rank, stream)) for stream in ("out", "err"))
-            process = _FORKS.Process(target=_rank, args=(variables, words, *files), daemon=True)
+            first = (before or {}).get(rank)
+            process = _FORKS.Process(target=_rank, args=(variables, words, *files, first), daemon=True)
             process.start()
             self.processes.append(process)
 

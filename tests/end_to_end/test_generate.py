@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megapt import checkpoint
+from megapt.config import OptimizerConfig, ZeroConfig, check_world, load
 from megapt.errors import UserError
-from megapt.generate import generate, parse_parallel
+from megapt.generate import generate, inference_config, parse_parallel
+from megapt.mesh import ParallelMesh
 from tests.end_to_end import runs
 from tests.end_to_end.runs import Ranks
 
@@ -50,16 +54,34 @@ def _path() -> str:
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "options", "words"),
+    ("source", "options", "words"),
     [
         ("nowhere", {}, "there is no checkpoint nowhere"),
         ("{run}", {"tokenizer": "nowhere.json"}, "tokenizer nowhere.json does not exist"),
         ("{run}", {"parallel": {"pipeline": 2}}, "world of 1 ranks"),
     ],
 )
-def test_generate_refuses(run: Path, checkpoint: str, options: dict[str, Any], words: str) -> None:
+def test_generate_refuses(run: Path, source: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        generate(checkpoint.format(run=run), ["a"], **options)
+        generate(source.format(run=run), ["a"], **options)
+
+
+def test_how_a_checkpoint_was_trained_does_not_limit_where_it_is_read(tmp_path: Path) -> None:
+    ramp = {"start": 6, "increment": 6, "samples": 60}
+    path = runs.write_config(
+        tmp_path / "config.yaml",
+        tmp_path / "corpus",
+        zero={"stage": 3, "backend": "deepspeed"},
+        batch={"samples": 12, "micro": 3, "ramp": ramp},
+    )
+    one = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
+    trained = load(path).config
+    saved = checkpoint.save(tmp_path / "checkpoints", 1, [], one, {"config": trained.model_dump()})
+    config = inference_config(saved, 2, {"pipeline": 2})
+    assert check_world(config, 2) == 1 and config.parallel.pipeline == 2
+    assert (config.model, config.precision, config.data) == (trained.model, "fp32", trained.data)
+    assert (config.batch.sequence, config.batch.micro, config.batch.ramp) == (16, 1, None)
+    assert (config.zero, config.optimizer) == (ZeroConfig(), OptimizerConfig())
 
 
 def test_the_layout_of_the_command_line() -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from megapt.data.indexed import IndexedWriter
+from megapt.errors import UserError
+from megapt.monitor.watchdog import EXIT_STATUS
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SCRIPT, Ranks
 
@@ -118,6 +120,10 @@ def _resumed(*arguments: str) -> Prepare:
     return prepare
 
 
+def _loaded(*arguments: str) -> Prepare:
+    return lambda setting, folder: [f"checkpoint.load={setting.run}", *arguments]
+
+
 def _damaged(setting: Setting, folder: Path) -> Sequence[str | Path]:
     shutil.copytree(setting.run, folder)
     file = next((folder / "checkpoints" / "step-00000008").glob("*.safetensors"))
@@ -144,6 +150,11 @@ BY_THE_RANKS: dict[str, tuple[Prepare, list[str]]] = {
     "absent checkpoint": (_absent, ["there is no checkpoint", "step-00000004, step-00000008"]),
     "torn checkpoint": (_torn, ["step-00000008 holds no COMMITTED marker"]),
     "another model's run": (_resumed("model.ffn=64"), ["does not hold this model", "mlp.up.weight"]),
+    "another model of the same shapes": (
+        _resumed("model.heads=2", "model.kv_heads=1"),
+        ["does not hold this model", "model.heads (stored 4, given 2)", "model.kv_heads (stored 2, given 1)"],
+    ),
+    "another model's weights": (_loaded("model.rope_theta=500"), ["model.rope_theta (stored 10000.0, given 500.0)"]),
     "changed batch": (_resumed("batch.samples=16"), ["batch.samples", "64 samples at step 8", "128"]),
     "changed data": (_resumed("data.train={other}"), ["the data is not what", "files"]),
     "changed seed": (_resumed("seed=5"), ["the data is not what", "seed: 1234 then, 5 now"]),
@@ -179,6 +190,48 @@ def test_refused_by_the_ranks(refused: Refused, name: str) -> None:
     for word in BY_THE_RANKS[name][1]:
         assert word in errors
     assert _snapshot(folder) == before and (bool(before) or not folder.exists())
+
+
+# By one rank alone.
+
+
+def _break_backend() -> None:
+    import megapt.engine
+
+    def refuse(*_: object) -> None:
+        raise UserError("this rank's library is too old")
+
+    megapt.engine.make_backend = refuse  # type: ignore[assignment]
+
+
+def _break_receipt() -> None:
+    from megapt.data.receipt import Receipt
+
+    def refuse(*_: object) -> None:
+        raise UserError("this rank's data is not what it was")
+
+    Receipt.check = refuse  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_refuses_ends_the_others_at_once(setting: Setting, tmp_path: Path, rank: int) -> None:
+    arguments = ["--config", setting.config, f"run.folder={tmp_path / 'run'}"]
+    ranks = Ranks(tmp_path / "r", 2, arguments, before={rank: _break_backend})
+    codes = ranks.wait()
+    assert (codes[rank], codes[1 - rank]) == (REFUSED, EXIT_STATUS), ranks.errors()
+    told = f"megapt: error: rank {rank} of 2: this rank's library is too old\n"
+    assert ranks.err(rank) == told
+    (line,) = [line for line in ranks.err(1 - rank).splitlines() if "leaving with status" in line]
+    assert f"rank {rank} (pp 0, dp {rank}, tp 0) failed at step 0" in line and line.endswith("library is too old")
+    assert "Traceback" not in ranks.errors() and not (tmp_path / "run").exists()
+
+
+def test_what_one_rank_finds_in_a_checkpoint_is_said_once(setting: Setting, tmp_path: Path) -> None:
+    shutil.copytree(setting.run, tmp_path / "run")
+    arguments = ["--config", setting.config, f"run.folder={tmp_path / 'run'}"]
+    ranks = Ranks(tmp_path / "r", 2, arguments, before={1: _break_receipt})
+    assert ranks.wait() == [REFUSED, REFUSED], ranks.errors()
+    assert ranks.errors() == "megapt: error: rank 1 (pp 0, dp 1, tp 0): this rank's data is not what it was\n"
 
 
 # What is not refused.

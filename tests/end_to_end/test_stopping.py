@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,11 @@ import torch
 from megapt import checkpoint
 from megapt.config import load
 from megapt.generate import load_engine
+from megapt.mesh import ParallelMesh
 from megapt.model.table import parameter_table
-from megapt.pretrain import RunPlan
+from megapt.pretrain import RunPlan, _StopAgreement
 from megapt.zero.base import Fragment
+from tests.distributed.spawn import run_ranks
 from tests.end_to_end import runs
 from tests.end_to_end.runs import Ranks
 
@@ -76,11 +81,40 @@ def test_a_checkpoint_that_cannot_be_written_stops_only_a_run_that_would_end_wit
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("a file where the folder should be")
     run = Ranks(tmp_path / "r", 2, ["--config", config, "train.steps=6", "checkpoint.every=4"])
-    codes = run.wait()
-    assert 2 in codes and 0 not in codes
+    assert run.wait() == [2, 2], run.errors()
     assert "WARNING: the checkpoint of step 4 was not saved" in run.out() and "step 6/6" in run.out()
-    assert "megapt: error: rank " in run.errors() and "the checkpoint of step 6 was not saved" in run.errors()
-    assert "Traceback" not in run.errors()
+    assert run.errors().startswith("megapt: error: the checkpoint of step 6 was not saved")
+    assert run.errors().count("error:") == 1 and "Traceback" not in run.errors()
+
+
+def _break_removal() -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", "step-00000002")
+
+    shutil.rmtree = refuse  # type: ignore[assignment]
+
+
+def test_older_checkpoints_that_cannot_be_removed_stop_nothing(tmp_path: Path, config: Path) -> None:
+    arguments = ["--config", config, "train.steps=6", "checkpoint.every=2", "checkpoint.keep=1"]
+    run = Ranks(tmp_path / "r", 2, arguments, before={0: _break_removal}).finish()
+    assert "could not be removed" in run.out() and "Device or resource busy" in run.out()
+    assert runs.meta(tmp_path / "run")["step"] == 6
+
+
+def _stopping(rank: int, world: int) -> list[list[bool]]:
+    """What two agreements say, step by step, when rank 1 asks at step 2: on the CPU, and beside a GPU's group."""
+    mesh = ParallelMesh.create(1, world, 1, torch.device("cpu"))
+    said = []
+    for device in ("cpu", "cuda"):  # nothing is put on the GPU, so that none need be there
+        stop = _StopAgreement(replace(mesh, device=torch.device(device)))
+        assert (stop.group is None) == (device == "cpu")
+        said.append([stop.agreed("asked" if (rank, step) == (1, 2) else None) for step in range(5)])
+    return said
+
+
+def test_all_ranks_stop_at_the_step_after_one_asked() -> None:
+    one = [False, False, False, True, False]
+    assert run_ranks(2, _stopping) == [[one, one], [one, one]]
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:

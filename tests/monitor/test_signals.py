@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from megapt.errors import UserError
-from megapt.monitor.signals import SIGNALS, StopRequest, agree
+from megapt.monitor.signals import SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +68,3 @@ def test_close_twice_keeps_handlers_installed_since() -> None:
 def test_a_time_limit_of_nothing_is_refused(limit: float) -> None:
     with pytest.raises(UserError, match="above 0"):
         StopRequest(time_limit=limit)
-
-
-@pytest.mark.parametrize("wish", [True, False])
-def test_one_process_agrees_with_itself(wish: bool) -> None:
-    assert agree(wish, None) is wish

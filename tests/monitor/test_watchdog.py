@@ -90,7 +90,7 @@ def test_an_exception_on_rank_0_reaches_the_others_though_the_store_is_in_its_pr
         assert "ValueError: the disk is full" in ends.line("zero_raised", rank)
 
 
-@pytest.mark.parametrize("scenario", ["zero_killed", "zero_killed_beside_the_store"])
+@pytest.mark.parametrize("scenario", ["zero_killed", "zero_killed_early", "zero_killed_beside_the_store"])
 def test_a_killed_rank_0_is_named(ends: Ends, scenario: str) -> None:
     assert ends.status(scenario) == [KILLED, EXIT_STATUS, EXIT_STATUS]
     for rank in (1, 2):
@@ -131,10 +131,6 @@ def test_an_error_of_a_collective_gives_way_to_the_rank_that_died(ends: Ends) ->
         assert "leaving with status 75: rank 2 (pp 2, dp 0, tp 0)" in ends.line("collective", rank)
     # gloo tells at least one survivor at once that its peer is gone.
     assert any("a collective failed" in ends.text("collective", rank) for rank in (0, 1))
-
-
-def test_ranks_agree_on_stopping(ends: Ends) -> None:
-    assert ends.status("agreeing") == [0, 0, 0], ends.text("agreeing", 0)
 
 
 def test_one_rank_needs_no_store() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megapt.monitor.signals import agree
+from megapt.monitor.heartbeat import Roster
 from megapt.monitor.watchdog import Watchdog
 
 WORLD = 3
@@ -108,21 +108,18 @@ def collective(rank: int, watchdog: Watchdog) -> None:
     dist.all_reduce(torch.ones(1))
 
 
-def agreeing(rank: int, watchdog: Watchdog) -> None:
-    if [agree(rank == 1, None), agree(False, None), agree(True, None)] != [True, False, True]:
-        raise AssertionError("the ranks did not agree")
-
-
 SCENARIOS: dict[str, Callable[[int, Watchdog], None]] = {
     function.__name__: function
     for function in (
         killed, stopped, raised, zero_raised, zero_killed, zero_stopped, finished, left_without_closing,
-        stalled, collective, agreeing,
+        stalled, collective,
     )
 }  # fmt: skip
 # The store in a process of its own, as torchrun keeps it in its agent.
 SCENARIOS["zero_killed_beside_the_store"] = zero_killed
 SCENARIOS["finished_beside_the_store"] = finished
+# With the store in its process, before it has said that all ranks have started.
+SCENARIOS["zero_killed_early"] = zero_killed
 
 
 def serve_store(port_file: Path) -> dist.TCPStore:
@@ -140,10 +137,12 @@ def run_rank(name: str, rank: int, folder: Path) -> None:
     while not port_file.exists():
         time.sleep(0.02)
     port = int(port_file.read_text())
-    if name in ("collective", "agreeing"):
+    if name == "collective":
         client = store or dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
         limit = timedelta(seconds=UNWATCHED)
         dist.init_process_group("gloo", store=client, rank=rank, world_size=WORLD, timeout=limit)
+    if name == "zero_killed_early":
+        Roster.all_heard = lambda self: False  # type: ignore[method-assign]
     watchdog = Watchdog(
         "127.0.0.1",
         port,
