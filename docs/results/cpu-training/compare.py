@@ -1,6 +1,6 @@
 """Training speed on this machine's CPU: megapt beside the Trainer of transformers, in one run.
 
-Run it from anywhere, with megapt, transformers and accelerate installed:
+Run it where megapt, transformers and accelerate can be imported; it takes three to five minutes on two quiet cores:
 
     python docs/results/cpu-training/compare.py --output result.json
 
@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -43,11 +44,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="write the result there as JSON")
     parser.add_argument("--override", nargs="*", default=[], help="key=value changes of the config")
     parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        serve(options.side, options.precision[0], options.override)
+        serve(options.side, options.precision[0], options.override, options.scratch)
         return
-    precisions = {precision: compare(precision, options) for precision in options.precision}
+    with tempfile.TemporaryDirectory(prefix="compare-") as options.scratch:
+        precisions = {precision: compare(precision, options) for precision in options.precision}
     result = {**about(options), "precisions": precisions}
     if options.output is not None:
         temporary = options.output.with_name(options.output.name + ".partial")
@@ -76,6 +79,7 @@ def compare(precision: str, options: argparse.Namespace) -> dict[str, Any]:
     sides = {name: Side(name, precision, options) for name in [*ours, *RIVALS[precision]]}
     order = list(sides)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
     gemm = []
     try:
         for side in sides.values():
@@ -84,7 +88,9 @@ def compare(precision: str, options: argparse.Namespace) -> dict[str, Any]:
             first = round_number % len(order)
             turn = order[first:] + order[:first]
             for name in turn if round_number % 2 == 0 else reversed(turn):
-                seconds[name].append(sides[name].ask(steps=options.steps)["seconds"] / options.steps)
+                answer = sides[name].ask(steps=options.steps)
+                seconds[name].append(answer["seconds"] / options.steps)
+                cpu_seconds[name].append(answer["cpu_seconds"] / options.steps)
             gemm.append(sides[ours[0]].ask(gemm=True)["flops"])
         facts = {name: side.ask(facts=True) for name, side in sides.items()}
     finally:
@@ -94,7 +100,9 @@ def compare(precision: str, options: argparse.Namespace) -> dict[str, Any]:
     report = {
         "gemm_flops_per_second": median(gemm),
         "sides": {
-            name: summary(seconds[name], seconds[ours[0]], flops / median(gemm), facts[name]) for name in sides
+            name: summary(seconds[name], seconds[ours[0]], flops / median(gemm), facts[name])
+            | {"cpu_seconds_per_step": median(cpu_seconds[name])}
+            for name in sides
         },
     }
     show(precision, report, ours[0])
@@ -126,12 +134,15 @@ def flops_per_step(options: argparse.Namespace) -> float:
 
 def show(precision: str, report: dict[str, Any], first: str) -> None:
     print(f"\n{precision}: a large matrix product runs at {report['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s")
-    print(f"{'':22}{'tokens/s':>10}{'of GEMM':>10}{'memory':>12}   time / {first} (median, range over rounds)")
+    print(
+        f"{'':22}{'tokens/s':>10}{'of GEMM':>10}{'memory':>12}{'CPU s/step':>12}   "
+        f"time / {first} (median, range over rounds)"
+    )
     for name, side in report["sides"].items():
         ratio = side["time_over_megapt"]
         print(
             f"{name:22}{side['tokens_per_second']:10,.0f}{100 * side['gemm_share']:9.0f}%"
-            f"{side['peak_memory_bytes'] / 2**20:8,.0f} MiB"
+            f"{side['peak_memory_bytes'] / 2**20:8,.0f} MiB{side['cpu_seconds_per_step']:12.2f}"
             f"   {ratio['median']:.2f} ({ratio['min']:.2f} .. {ratio['max']:.2f})",
             flush=True,
         )
@@ -141,7 +152,8 @@ class Side:
     """A process that trains when asked, and answers in lines of JSON."""
 
     def __init__(self, name: str, precision: str, options: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--side", name, "--precision", precision, "--override", *options.override]
+        command = [sys.executable, __file__, "--side", name, "--precision", precision, "--scratch", options.scratch]
+        command += ["--override", *options.override]
         environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
         self.name = name
         self.process = subprocess.Popen(
@@ -166,7 +178,7 @@ class Side:
             self.process.kill()
 
 
-def serve(side: str, precision: str, overrides: list[str]) -> None:
+def serve(side: str, precision: str, overrides: list[str], scratch: str) -> None:
     """One side: trains as many steps as each request asks for."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
@@ -178,7 +190,7 @@ def serve(side: str, precision: str, overrides: list[str]) -> None:
     if side.startswith("megapt"):
         train_megapt(config, side.removeprefix("megapt-"), clock)
     else:
-        train_trainer(config, side, clock)
+        train_trainer(config, side, clock, scratch)
 
 
 class Clock:
@@ -187,21 +199,24 @@ class Clock:
     def __init__(self, config: Config, answers: TextIO) -> None:
         self.config, self.answers = config, answers
         self.what = ""
-        self.left, self.started = 0, 0.0
+        self.left = 0
+        self.started = 0.0, 0.0
 
     def tick(self) -> None:
         """Call before the first step and after every one."""
         if self.left > 0:
             self.left -= 1
             if self.left == 0:
-                self._answer(seconds=time.perf_counter() - self.started)
+                now = time.perf_counter(), time.process_time()
+                self._answer(seconds=now[0] - self.started[0], cpu_seconds=now[1] - self.started[1])
         while self.left == 0:
             line = sys.stdin.readline()
             if not line:
                 os._exit(0)  # a Trainer would go on to the end of its run
             request = json.loads(line)
             if "steps" in request:
-                self.left, self.started = request["steps"], time.perf_counter()
+                self.left = request["steps"]
+                self.started = time.perf_counter(), time.process_time()
             elif "gemm" in request:
                 self._gemm()
             else:
@@ -239,10 +254,8 @@ def train_megapt(config: Config, backend: str, clock: Clock) -> None:
         clock.tick()
 
 
-def train_trainer(config: Config, side: str, clock: Clock) -> None:
+def train_trainer(config: Config, side: str, clock: Clock, scratch: str) -> None:
     """As its documentation would have it: autocast for bf16, PyTorch's fused AdamW, no logging, no saving."""
-    import tempfile
-
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -262,9 +275,8 @@ def train_trainer(config: Config, side: str, clock: Clock) -> None:
     tokens = RandomTokens(config.model.vocabulary, config.batch.sequence - 1)
     rows = [torch.from_numpy(tokens.sample([i])[0]) for i in range(64 * config.batch.micro)]
     optimizer = config.optimizer
-    folder = tempfile.mkdtemp(prefix="trainer-")
     arguments = TrainingArguments(
-        folder, use_cpu=True, bf16=autocast, per_device_train_batch_size=config.batch.micro, max_steps=10**6,
+        scratch, use_cpu=True, bf16=autocast, per_device_train_batch_size=config.batch.micro, max_steps=10**6,
         optim="adamw_torch_fused", learning_rate=optimizer.lr, weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.betas[0], adam_beta2=optimizer.betas[1], max_grad_norm=optimizer.clip,
         lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
