@@ -164,7 +164,8 @@ class DeepSpeedBackend(ZeroBackend):
 
     def _config(self) -> dict[str, Any]:
         vectors = [p.numel() for p in self._owned if p.dim() == 1]
-        bucket = min(_BUCKET, sum(p.numel() for p in self._owned))  # a small model needs no large buffers
+        # A small model needs no large buffers; DeepSpeed wants an even size.
+        bucket = min(_BUCKET, 2 * -(-sum(p.numel() for p in self._owned) // 2))
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
