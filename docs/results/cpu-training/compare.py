@@ -36,8 +36,8 @@ RIVALS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3, help="steps of a side in a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a side in a round")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--precision", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--backend", nargs="+", choices=("native", "deepspeed"), default=["native"])
