@@ -244,6 +244,12 @@ def main() -> None:
     except UserError as error:
         print(f"megapt: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A path that cannot be read or written: its name and the system's reason are the whole story.
+        print(f"megapt: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 def pretrain_script(script: str, arguments: Sequence[str]) -> int:

@@ -24,8 +24,10 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+# Beyond any cluster, and small enough that products of two stay sensible numbers.
+_MOST = 10**15
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=_MOST)]
+CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=_MOST)]
 Positive = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -47,7 +49,7 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """What is computed. Nothing here depends on how many devices compute it."""
 
-    layers: Count
+    layers: Annotated[Count, Field(le=10_000)]
     hidden: Count
     heads: Count
     kv_heads: Count | None = Field(None, description="key/value heads; default: heads")

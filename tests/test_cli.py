@@ -203,3 +203,14 @@ def test_python_dash_m() -> None:
         [sys.executable, "-m", "megapt", "--help"], cwd=ROOT, text=True, capture_output=True, timeout=60
     )
     assert ran.returncode == 0 and "pretrain" in ran.stdout
+
+
+def test_a_path_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    text, file = tmp_path / "text.txt", tmp_path / "file"
+    text.write_text("some text\n" * 100)
+    file.write_text("")
+    command = [sys.executable, "-m", "megapt", "data", "build", str(text), "--output", str(file / "t")]
+    done = subprocess.run([*command, "--tokenizer", "bytes"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("megapt: error: ")
+    assert str(file) in done.stderr and "Traceback" not in done.stderr
