@@ -48,8 +48,8 @@ def generate(
         ids = text.encode(prompt) or [text.eod or 0]
         if max(ids) >= config.model.vocabulary:
             raise UserError(
-                f"the tokenizer {named} gives token {max(ids)} for the prompt {prompt!r}, but the model of {checkpoint} "
-                f"knows {config.model.vocabulary} tokens; name the tokenizer that it was trained with"
+                f"the tokenizer {named} gives token {max(ids)} for the prompt {prompt!r}, but the model in {checkpoint}"
+                f" knows {config.model.vocabulary} tokens; name the tokenizer that it was trained with"
             )
         made = continue_tokens(engine, ids, tokens, temperature, top_k, derive_key(seed, f"prompt {number}"), text.eod)
         results.append(text.decode(made))
