@@ -85,7 +85,8 @@ def test_comparison_alternates_both_sides(tmp_path: Path) -> None:
         "--precision", "bf16", "--output", str(output), "--override", *SMALL, "batch.samples=2",
     ]  # fmt: skip
     # Tests in this process may have left a rank's variables behind, which the other side would take for a launcher's.
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    rank = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if name not in rank}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
