@@ -238,7 +238,9 @@ class Training:
         self.progress = Progress(
             self.plan.steps,
             self.step,
-            lambda s: self.plan.batches.size(s) * sequence,
+            (lambda s: self.plan.batches.size(s) * sequence)
+            if config.batch.ramp
+            else config.batch.global_samples * sequence,  # no sum over the steps of a long run
             model_flops_per_token(config.model, sequence),
             peak,
             mesh.world,
