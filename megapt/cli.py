@@ -310,7 +310,8 @@ def _start_local_ranks(script: str, arguments: Sequence[str]) -> None:
     import argparse
 
     from megapt import launcher
-    from megapt.config import check_world, load
+    from megapt.config import load
+    from megapt.rules import check_world
 
     parser = argparse.ArgumentParser(
         prog="launch/pretrain.sh", description="Train on this machine: starts its ranks.", allow_abbrev=False

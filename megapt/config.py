@@ -6,7 +6,6 @@ combinations are all reported at once, each with the file, line and key it comes
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from megapt.errors import UserError
+from megapt.rules import conflicts
 
 
 def _whole(value: Any) -> Any:
@@ -29,6 +29,8 @@ _MOST = 10**15
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=_MOST)]
 CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=_MOST)]
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -66,6 +68,7 @@ class ModelConfig(Section):
     rope_scaling: RopeScaling | None = None
     bias: Literal["none", "qkv", "all"] = "none"
     tied_embeddings: bool = False
+    logit_softcap: Positive | None = Field(None, description="logits become cap x tanh(logits / cap)")
     init_std: Positive = 0.02
 
     @property
@@ -84,9 +87,12 @@ class ParallelConfig(Section):
     pipeline: Count = 1
     data: Count | None = Field(None, description="if given, must be what remains")
     sequence: bool | None = Field(None, description="sequence parallelism; default: whenever tensor > 1")
-    schedule: Literal["1f1b", "interleaved"] = "1f1b"
-    chunks: Count = Field(1, description="model chunks per rank, for the interleaved schedule")
-    layers_per_stage: list[Count] | None = Field(None, description="layers of each virtual stage; default: balanced")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "1f1b"
+    chunks: Count = Field(1, description="model chunks per rank: interleaved takes 2 or more, zb-v 2")
+    layers_per_stage: list[Count] | str | None = Field(
+        None, description='layers of each virtual stage, as a list or as "3,4*6,3"; default: balanced by cost'
+    )
+    layer_costs: list[Positive] | None = Field(None, description="relative cost of each layer; default: all the same")
     vocabulary_multiple: Count = Field(64, description="vocabulary rows per tensor rank are padded to a multiple")
 
     @property
@@ -98,16 +104,83 @@ class ParallelConfig(Section):
         return self.pipeline * self.chunks
 
 
+class RecomputeConfig(Section):
+    """Which activations are computed again in the backward pass instead of kept (arXiv 2205.05198)."""
+
+    policy: Literal["none", "selective", "full", "budget"] = Field(
+        "none", description="selective: attention core, activation function and norms; full: whole layers"
+    )
+    layers: Count | None = Field(None, description="first layers of each chunk that it applies to; default: all")
+    budget: Positive | None = Field(None, description="GiB of activations per rank that the budget policy keeps within")
+
+
 class ZeroConfig(Section):
     stage: Annotated[int, Field(ge=0, le=3)] = 1
     backend: Literal["deepspeed", "native"] = "deepspeed"
+    offload: bool = Field(False, description="optimizer state in the host's memory (backend deepspeed, no pipeline)")
+    bucket: Count = Field(50_000_000, description="elements of one collective, at most")
+
+
+class SourceConfig(Section):
+    """One corpus of a blend."""
+
+    path: str = Field(description="prefix of the .bin/.idx pair")
+    name: str | None = Field(None, description="default: the last part of the path")
+    weight: Positive | None = Field(None, description="share of the samples, relative to the other sources")
+    tokens: Count | None = Field(None, description="instead of a weight: tokens that the whole run takes from it")
+
+    @property
+    def label(self) -> str:
+        """Its name in phases, metrics and receipts."""
+        return self.name or self.path.rstrip("/").rpartition("/")[2]
+
+
+class PhaseConfig(Section):
+    """From a given token of the run on, other weights."""
+
+    from_token: Count
+    weights: dict[str, NotNegative] = Field(description="weight of each source by its name; 0 leaves it out")
+
+
+class FimConfig(Section):
+    """Fill in the middle (arXiv 2207.14255): a document is cut in three and its middle moved to the end."""
+
+    rate: Share = Field(0.5, description="share of the documents that are rearranged")
+    spm_rate: Share = Field(0.5, description="share of those that put the suffix first")
+    prefix: str = Field(description="token in front of the prefix")
+    middle: str
+    suffix: str
+
+
+class MaskedLmConfig(Section):
+    """BERT's objective (arXiv 1810.04805)."""
+
+    mask: str = Field(description="the mask token")
+    rate: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="share of the tokens to be predicted")
+    random: Share = Field(0.1, description="share of those that become a random token instead of the mask")
+    keep: Share = Field(0.1, description="share of those that stay as they are")
+    whole_word: bool = False
 
 
 class DataConfig(Section):
-    train: str = Field(description="prefix of the .bin/.idx pair")
-    valid: str | None = Field(None, description="prefix of the validation pair; default: the split's second part")
+    train: str | list[SourceConfig] = Field(description="prefix of the .bin/.idx pair, or a blend of several")
+    valid: str | list[SourceConfig] | None = Field(None, description="default: the split's second part of each source")
     split: str = Field("969,30,1", description="train, valid, test shares of the sequences")
     tokenizer: str | None = Field(None, description="copied beside exports; used by generate")
+    order: Literal["arithmetic", "megatron"] = "arithmetic"
+    packing: Literal["concatenate", "best_fit", "document"] = Field(
+        "concatenate", description="cut the joined documents, fill samples with whole ones, or one document per sample"
+    )
+    documents: bool | None = Field(
+        None, description="attention and positions end with a document; default: for best_fit and document"
+    )
+    phases: list[PhaseConfig] = []
+    fim: FimConfig | None = None
+    masked_lm: MaskedLmConfig | None = None
+    cache: str | None = Field(None, description="folder of sample indices and remote blocks; default: run.folder/cache")
+    cache_bytes: Count = Field(1 << 30, description="size of the cache of remote blocks")
+    workers: Count = Field(1, description="threads of each rank that read ahead")
+    prefetch: CountOrZero = Field(2, description="steps read ahead")
 
 
 class BatchRamp(Section):
@@ -130,15 +203,48 @@ class BatchConfig(Section):
         return self.samples if self.samples is not None else (self.tokens or 0) // self.sequence
 
 
-class OptimizerConfig(Section):
-    """AdamW (arXiv 1711.05101) and its learning-rate schedule."""
+class MuonConfig(Section):
+    """Muon: momentum orthogonalised by a Newton-Schulz iteration, for the matrices between embedding and head.
 
+    rms: what the update's root mean square is scaled to, so that AdamW's learning rates fit (arXiv 2502.16982).
+    """
+
+    momentum: Momentum = 0.95
+    nesterov: bool = True
+    iterations: Count = 5
+    rms: Positive = 0.2
+
+
+class LrScale(Section):
+    """Factors on the learning rate, by what a parameter is."""
+
+    embedding: Positive = 1.0
+    head: Positive = 1.0
+    matrix: Positive = 1.0
+    vector: Positive = 1.0
+
+
+class LossScaleConfig(Section):
+    """Dynamic loss scaling of fp16: halved when a gradient overflows, doubled after `window` steps without."""
+
+    initial: Positive = 65536.0
+    window: Count = 1000
+    smallest: Positive = 1.0
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101) or Muon, and the learning-rate schedule."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    muon: MuonConfig = MuonConfig()
+    lr_scale: LrScale = LrScale()
+    stochastic_rounding: bool = Field(False, description="bf16 weights are drawn around their fp32 masters")
     lr: Positive = 3e-4
-    min_lr: Annotated[float, Field(ge=0)] | None = Field(None, description="default: lr / 10; of no use to constant")
+    min_lr: NotNegative | None = Field(None, description="default: lr / 10; of no use to constant")
     betas: Annotated[list[Momentum], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    weight_decay: NotNegative = 0.1
+    clip: NotNegative = Field(1.0, description="largest global gradient norm; 0: no clipping")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: CountOrZero = 0
     decay_steps: Count | None = Field(None, description="length of the decay of wsd")
@@ -154,6 +260,7 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     steps: Count | None = None
     tokens: Count | None = Field(None, description="instead of steps")
+    z_loss: NotNegative = Field(0.0, description="weight of the squared log of the softmax denominator in the loss")
     validate_every: CountOrZero = Field(0, description="steps between validations; 0: only at the end")
     validate_samples: CountOrZero = Field(256, description="0: no validation")
 
@@ -170,14 +277,19 @@ class RunConfig(Section):
     tensorboard: bool = True
     time_limit: Positive | None = Field(None, description="minutes after which to save and stop")
     peak_tflops: Positive | None = Field(None, description="per device, for MFU; default: known GPUs, else n/a")
+    timeline_step: Count | None = Field(None, description="step whose pipeline actions are timed into timeline.json")
     stall_timeout: Positive = Field(1800.0, description="seconds without a step before the run is ended with a report")
 
 
 class Config(Section):
     seed: CountOrZero = 1234
-    precision: Literal["fp32", "bf16", "fp64"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    objective: Literal["next_token", "masked_lm"] = "next_token"
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    compile: bool = Field(False, description="torch.compile of what lies between the parallel layers' collectives")
     zero: ZeroConfig = ZeroConfig()
     data: DataConfig
     batch: BatchConfig
@@ -253,47 +365,10 @@ def from_tree(tree: dict[str, Any], origins: dict[str, str] | None = None) -> Lo
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(_explain(tree, origins, dict(item)) for item in error.errors())) from None
-    problems = [f"{_where(origins, key)}{key}: {message}" for key, message in _conflicts(config)]
+    problems = [f"{_where(origins, key)}{key}: {message}" for key, message in conflicts(config)]
     if problems:
         raise UserError("\n".join(problems))
     return Loaded(config, origins)
-
-
-def check_world(config: Config, world: int) -> int:
-    """The data-parallel size that remains in a world of `world` ranks; UserError if the layout does not fit it."""
-    parallel, batch = config.parallel, config.batch
-    cell = parallel.tensor * parallel.pipeline
-    if world % cell:
-        layouts = _factorisations(config, world)
-        fits = ", ".join(f"tensor={t} pipeline={p} (data={world // (t * p)})" for t, p in layouts)
-        raise UserError(
-            f"the world of {world} ranks is not divisible by tensor x pipeline = {parallel.tensor} x "
-            f"{parallel.pipeline} = {cell}. Layouts of this model that fit {world} ranks: {fits or 'none'}; or start "
-            f"{_nearest(world, cell)} ranks"
-        )
-    data = world // cell
-    if parallel.data is not None and parallel.data != data:
-        raise UserError(
-            f"parallel.data is {parallel.data}, but {world} ranks leave {world} / ({parallel.tensor} x "
-            f"{parallel.pipeline}) = {data}; leave it out, set it to {data}, or start {cell * parallel.data} ranks"
-        )
-    sizes = {"batch.samples": batch.global_samples}
-    if batch.ramp:
-        sizes |= {"batch.ramp.start": batch.ramp.start, "batch.ramp.increment": batch.ramp.increment}
-    for key, size in sizes.items():
-        if size % (batch.micro * data):
-            raise UserError(
-                f"{key} = {size} samples is not divisible by micro-batch x data = {batch.micro} x {data} = "
-                f"{batch.micro * data}; nearest that fit: {_nearest(size, batch.micro * data)}"
-            )
-        if parallel.schedule == "interleaved" and size // (batch.micro * data) % parallel.pipeline:
-            unit = batch.micro * data * parallel.pipeline
-            raise UserError(
-                f"the interleaved schedule needs micro-batches per step ({key} {size} / (micro {batch.micro} x data "
-                f"{data}) = {size // (batch.micro * data)}) divisible by pipeline = {parallel.pipeline}; nearest "
-                f"sizes: {_nearest(size, unit)}"
-            )
-    return data
 
 
 def show(path: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -392,104 +467,3 @@ def _closest(word: str, names: list[str]) -> str:
 
     near = difflib.get_close_matches(word, names, n=1)
     return (f"did you mean `{near[0]}`? " if near else "") + f"Known here: {', '.join(names)}"
-
-
-def _nearest(value: int, unit: int) -> str:
-    below, above = value // unit * unit, math.ceil(value / unit) * unit
-    return " or ".join(str(v) for v in dict.fromkeys((below, above)) if v)
-
-
-def _divisors(number: int, limit: int = 10**9) -> list[int]:
-    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
-
-
-def _tensor_ok(model: ModelConfig, tensor: int) -> bool:
-    kv = model.num_kv_heads
-    return not (model.heads % tensor or model.ffn % tensor or (kv % tensor and tensor % kv))
-
-
-def _factorisations(config: Config, world: int) -> list[tuple[int, int]]:
-    chunks = config.parallel.chunks
-    return [
-        (t, p)
-        for t in _divisors(world, 64)
-        if _tensor_ok(config.model, t)
-        for p in _divisors(world // t, config.model.layers // chunks)
-    ][:12]
-
-
-def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
-    """Every rule between values that needs no world size, as (key, message)."""
-    yield from _model_conflicts(config.model)
-    yield from _parallel_conflicts(config)
-    batch, model, train = config.batch, config.model, config.train
-    if (batch.samples is None) == (batch.tokens is None):
-        yield "batch", "give the global batch either in `samples` or in `tokens`"
-    elif batch.tokens is not None and batch.tokens % batch.sequence:
-        fits = _nearest(batch.tokens, batch.sequence)
-        yield "batch.tokens", f"{batch.tokens} is not a whole number of sequences of {batch.sequence}; nearest: {fits}"
-    if batch.sequence > model.max_sequence:
-        yield "batch.sequence", f"{batch.sequence} is longer than model.max_sequence = {model.max_sequence}"
-    if (train.steps is None) == (train.tokens is None):
-        yield "train", "give the length of the run either in `steps` or in `tokens`"
-    if train.tokens is not None and batch.ramp is not None:
-        yield "train.tokens", "with a batch ramp the run's length must be given in `steps`"
-    optimizer = config.optimizer
-    if optimizer.floor > optimizer.lr:
-        yield "optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr = {optimizer.lr}"
-    if optimizer.schedule == "constant" and optimizer.min_lr is not None:
-        yield "optimizer.min_lr", "has no effect on the constant schedule: leave it out, or choose another schedule"
-    if (optimizer.schedule == "wsd") != (optimizer.decay_steps is not None):
-        yield "optimizer.decay_steps", "belongs to the wsd schedule, which needs it, and to no other"
-
-
-def _model_conflicts(model: ModelConfig) -> Iterator[tuple[str, str]]:
-    if model.head_dim is None and model.hidden % model.heads:
-        fits = _nearest(model.hidden, model.heads)
-        yield "model.hidden", f"{model.hidden} is not divisible by model.heads = {model.heads}; nearest: {fits}"
-    if model.heads % model.num_kv_heads:
-        fits = ", ".join(map(str, _divisors(model.heads)))
-        yield "model.kv_heads", f"{model.num_kv_heads} does not divide model.heads = {model.heads}; legal: {fits}"
-    if model.position == "rope" and model.head_width % 2:
-        yield "model.head_dim", f"rotary positions need an even head dimension, not {model.head_width}"
-    if model.position != "rope" and model.rope_scaling is not None:
-        yield "model.rope_scaling", "needs model.position = rope"
-
-
-def _parallel_conflicts(config: Config) -> Iterator[tuple[str, str]]:
-    model, parallel, batch, zero = config.model, config.parallel, config.batch, config.zero
-    if not _tensor_ok(model, parallel.tensor):
-        legal = ", ".join(str(t) for t in range(1, model.heads + 1) if _tensor_ok(model, t))
-        yield (
-            "parallel.tensor",
-            f"{parallel.tensor} must divide model.heads = {model.heads} and model.ffn = {model.ffn}, and divide or be "
-            f"a multiple of the {model.num_kv_heads} kv heads; legal: {legal}",
-        )
-    if parallel.sequence_parallel and batch.micro * batch.sequence % parallel.tensor:
-        yield (
-            "batch.sequence",
-            f"sequence parallelism needs micro-batch x sequence = {batch.micro} x {batch.sequence} divisible by "
-            f"tensor = {parallel.tensor}; nearest sequence: {_nearest(batch.sequence, parallel.tensor)}",
-        )
-    if parallel.chunks > 1 and parallel.schedule != "interleaved":
-        yield "parallel.chunks", "more than one chunk per rank needs parallel.schedule = interleaved"
-    if parallel.schedule == "interleaved" and (parallel.chunks < 2 or parallel.pipeline < 2):
-        yield "parallel.schedule", "interleaved needs parallel.pipeline >= 2 and parallel.chunks >= 2"
-    stages = parallel.virtual_stages
-    if parallel.layers_per_stage is not None:
-        given = parallel.layers_per_stage
-        if len(given) != stages or sum(given) != model.layers:
-            yield (
-                "parallel.layers_per_stage",
-                f"{given} must name {stages} stages (pipeline x chunks) that sum to model.layers = {model.layers}",
-            )
-    elif model.layers < stages:
-        yield "parallel.pipeline", f"{model.layers} layers cannot fill {stages} stages; at most {model.layers} stages"
-    if zero.stage > 1 and parallel.pipeline > 1:
-        yield (
-            "zero.stage",
-            f"ZeRO {zero.stage} with pipeline = {parallel.pipeline} would reduce gradients at every micro-batch; with "
-            "a pipeline use stage 0 or 1, or set parallel.pipeline = 1",
-        )
-    if zero.stage > 1 and zero.backend == "native":
-        yield "zero.stage", f"the native backend has stages 0 and 1, not {zero.stage}; use zero.backend = deepspeed"

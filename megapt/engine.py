@@ -7,13 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from megapt.config import Config, check_world
-from megapt.data.loader import MicroBatch, StepBatch
+from megapt.batch import MicroBatch, StepBatch
+from megapt.config import Config
 from megapt.mesh import ParallelMesh
 from megapt.parallel.gradients import TiedWeights
 from megapt.parallel.pipeline.runtime import Pipeline
 from megapt.parallel.pipeline.stages import DTYPES, build_chunks
 from megapt.parallel.tensor import TensorParallel
+from megapt.rules import check_world
 from megapt.zero import make_backend
 from megapt.zero.base import StepResult, ZeroBackend
 
@@ -68,10 +69,4 @@ class Engine:
         return [float(x) for x in stacked.tolist()]
 
     def _on_device(self, batch: StepBatch) -> list[MicroBatch]:
-        device = self.mesh.device
-        if device.type == "cpu":
-            return batch.micro_batches
-        return [
-            MicroBatch(m.tokens.to(device, non_blocking=True), m.labels.to(device, non_blocking=True))
-            for m in batch.micro_batches
-        ]
+        return [micro_batch.to(self.mesh.device) for micro_batch in batch.micro_batches]

@@ -28,6 +28,9 @@ class Partial(Enum):
     ALWAYS = "always"  # each rank computes with its own heads only
 
 
+Role = Literal["embedding", "head", "matrix", "vector"]
+
+
 @dataclass(frozen=True)
 class Split:
     """How a parameter is cut over tensor ranks: along `dim`, in indivisible units of `unit` elements.
@@ -69,6 +72,15 @@ class ParameterSpec:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def role(self) -> Role:
+        """What optimizers tell apart: rows looked up, the output projection, other matrices, the rest."""
+        if len(self.shape) < 2:
+            return "vector"
+        if self.lookup:
+            return "embedding"
+        return "head" if self.end == "last" else "matrix"
 
     def shard(self, rank: int, size: int, padding: int = 1) -> Shard:
         """The part held by tensor rank `rank` of `size`; padded parameters are cut in multiples of `padding` rows."""

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megapt.config import Config, Loaded, check_world, dump, load
+from megapt.config import Config, Loaded, dump, load
 from megapt.data.batches import BatchSchedule
 from megapt.data.dataset import TokenDataset
 from megapt.data.receipt import Receipt
 from megapt.errors import UserError
 from megapt.launcher import RankEnvironment, rank_environment
 from megapt.lr import LearningRate
+from megapt.rules import check_world
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from megapt.config import BatchRamp, check_world, dump, from_tree, load, show
+from megapt.config import BatchRamp, dump, from_tree, load, show
 from megapt.errors import UserError
 from megapt.model.table import parameter_table
+from megapt.rules import check_world
 
 ROOT = Path(__file__).parents[1]
 TEXT = """\
@@ -155,7 +156,7 @@ def test_tabs_and_impossible_dates_are_one_message(file: Path) -> None:
         ("model.layers=four", "override: `model.layers`: input should be a valid integer (given: 'four')"),
         ("model.layers=4.5", "`model.layers`: input should be a valid integer"),
         ("model.tied_embeddings=1", "`model.tied_embeddings`: input should be a valid boolean (given: 1)"),
-        ("precision=fp8", "`precision`: input should be 'fp32', 'bf16' or 'fp64' (given: 'fp8')"),
+        ("precision=fp8", "`precision`: input should be 'fp32', 'bf16', 'fp16' or 'fp64' (given: 'fp8')"),
         ("model.heads=0", "`model.heads`: input should be greater than or equal to 1 (given: 0)"),
         ("optimizer.betas=[0.9]", "`optimizer.betas`"),
         ("optimizer.betas=[0.9, 1.5]", "`optimizer.betas`: input should be less than 1"),
@@ -178,7 +179,8 @@ def test_every_problem_is_named_with_its_place(file: Path) -> None:
     assert sorted(_refusal(file).splitlines()) == sorted(
         [
             f"{file}:1: unknown key `sead`; did you mean `seed`? Known here: "
-            "seed, precision, model, parallel, zero, data, batch, optimizer, train, checkpoint, run",
+            "seed, precision, loss_scale, objective, model, parallel, recompute, compile, zero, data, batch, "
+            "optimizer, train, checkpoint, run",
             f"{file}:3: `model.layers`: input should be a valid integer (given: 'x')",
             f"{file}:2: `model.vocabulary` is missing and has no default",
         ]
@@ -203,9 +205,17 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
         ["parallel.tensor=4", "batch.sequence=18", "batch.micro=1"],
         "batch.sequence", ["1 x 18", "tensor = 4", "nearest sequence: 16 or 20"],
     ),
-    "chunks": (["parallel.chunks=2"], "parallel.chunks", ["needs parallel.schedule = interleaved"]),
+    "chunks": (["parallel.chunks=2"], "parallel.chunks", ["2 chunks", "the 1f1b schedule has 1"]),
     "interleaved": (
-        ["parallel.schedule=interleaved"], "parallel.schedule", ["pipeline >= 2", "chunks >= 2"],
+        ["parallel.schedule=interleaved", "parallel.pipeline=2", "parallel.chunks=1"],
+        "parallel.chunks", ["1 chunks", "has 2 or more"],
+    ),
+    "interleaved without a pipeline": (
+        ["parallel.schedule=interleaved", "parallel.chunks=2"], "parallel.schedule", ["pipeline of 2 or more, not 1"],
+    ),
+    "chunks of zb-v": (
+        ["parallel.schedule=zb-v", "parallel.pipeline=2", "parallel.chunks=4", "model.layers=8"],
+        "parallel.chunks", ["4 chunks", "zb-v schedule has 2"],
     ),
     "layers per stage": (
         ["parallel.pipeline=2", "parallel.layers_per_stage=[1, 2]"],
@@ -213,10 +223,10 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "few layers": (["parallel.pipeline=5"], "parallel.pipeline", ["4 layers", "5 stages", "at most 4 stages"]),
     "ZeRO 2 with a pipeline": (
-        ["zero.stage=2", "parallel.pipeline=2"], "zero.stage", ["ZeRO 2 with pipeline = 2", "stage 0 or 1"],
+        ["zero.stage=2", "parallel.pipeline=2"], "zero.stage", ["deepspeed ZeRO 2 with pipeline = 2", "stage 0 or 1"],
     ),
     "native ZeRO 3": (
-        ["zero.stage=3", "zero.backend=native"], "zero.stage", ["stages 0 and 1, not 3", "zero.backend = deepspeed"],
+        ["zero.stage=3", "zero.backend=native"], "zero.stage", ["stages 0 to 2, not 3", "zero.backend = deepspeed"],
     ),
     "two batches": (["batch.tokens=128"], "batch", ["either in `samples` or in `tokens`"]),
     "no batch": (["batch.samples=null"], "batch", ["either in `samples` or in `tokens`"]),
@@ -236,6 +246,51 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "wsd": (["optimizer.schedule=wsd"], "optimizer.decay_steps", ["wsd"]),
     "decay without wsd": (["optimizer.decay_steps=3"], "optimizer.decay_steps", ["wsd"]),
+    "offload": (["zero.offload=true", "zero.backend=native"], "zero.offload", ["not native, 1 and 1"]),
+    "fp16": (["precision=fp16", "zero.backend=deepspeed"], "precision", ["zero.backend = native"]),
+    "muon": (["optimizer.kind=muon", "zero.backend=deepspeed"], "optimizer.kind", ["zero.backend = native"]),
+    "stochastic rounding": (
+        ["optimizer.stochastic_rounding=true", "precision=fp32", "zero.backend=native"],
+        "optimizer.stochastic_rounding", ["precision is fp32"],
+    ),
+    "budget": (["recompute.policy=budget"], "recompute.policy", ["budget needs `recompute.budget`"]),
+    "budget of another policy": (["recompute.budget=2"], "recompute.budget", ["no effect on the none policy"]),
+    "recomputed layers": (["recompute.layers=2"], "recompute.layers", ["no effect on the none policy"]),
+    "layer costs": (["parallel.layer_costs=[1, 2]"], "parallel.layer_costs", ["2 costs for model.layers = 4"]),
+    "masks": (["objective=masked_lm"], "data.masked_lm", ["needs it"]),
+    "masks without the objective": (["data.masked_lm={mask: x}"], "data.masked_lm", ["objective = masked_lm"]),
+    "masks beyond one": (
+        ["objective=masked_lm", "data.masked_lm={mask: x, random: 0.7, keep: 0.7}"], "data.masked_lm", ["more than 1"],
+    ),
+    "infilling": (
+        ["objective=masked_lm", "data.masked_lm={mask: x}", "data.fim={prefix: a, middle: b, suffix: c}"],
+        "data.fim", ["not masked_lm"],
+    ),
+    "packed in megatron's order": (
+        ["data.order=megatron", "data.packing=best_fit"], "data.packing", ["concatenate, not best_fit"],
+    ),
+    "no sources": (["data.train=[]"], "data.train", ["no sources"]),
+    "equal names": (["data.train=[{path: a/x}, {path: b/x}]"], "data.train", ["x, x", "`name:`"]),
+    "weights and budgets": (
+        ["data.train=[{path: a, weight: 1}, {path: b, tokens: 100}]"], "data.train", ["not both"],
+    ),
+    "some weights": (["data.train=[{path: a, weight: 1}, {path: b}]"], "data.train", ["to all, or to none"]),
+    "phases of one corpus": (
+        ["data.phases=[{from_token: 10, weights: {a: 1}}]"], "data.phases", ["one corpus"],
+    ),
+    "phases in disorder": (
+        ["data.train=[{path: a}, {path: b}]",
+         "data.phases=[{from_token: 10, weights: {a: 1}}, {from_token: 5, weights: {b: 1}}]"],
+        "data.phases", ["[10, 5]"],
+    ),
+    "unknown source": (
+        ["data.train=[{path: a}, {path: b}]", "data.phases=[{from_token: 10, weights: {c: 1}}]"],
+        "data.phases", ["c: no such source", "a, b"],
+    ),
+    "weightless phase": (
+        ["data.train=[{path: a}, {path: b}]", "data.phases=[{from_token: 10, weights: {a: 0}}]"],
+        "data.phases", ["gives no source a weight"],
+    ),
 }  # fmt: skip
 
 

@@ -7,12 +7,13 @@ so a stale pointer can never be followed.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 from megapt.errors import UserError
+from megapt.files import sync_folder
+from megapt.files import write_whole as write_atomic  # noqa: F401
 
 MARKER = "COMMITTED"
 INDEX = "index.json"
@@ -89,26 +90,6 @@ def retain(folder: str | Path, keep: int) -> list[Path]:
     for hidden in _partials(folder):
         shutil.rmtree(hidden)
     return removed
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names created or renamed in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The file appears under its name whole and on disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def _step(path: Path) -> int:

@@ -21,6 +21,7 @@ from megapt.checkpoint.plan import Item, Piece, plan
 from megapt.checkpoint.tensorfile import DTYPES, NAMES, TensorFile, checksum
 from megapt.checkpoint.together import Together
 from megapt.errors import UserError
+from megapt.files import sync_folder, write_whole
 from megapt.mesh import ParallelMesh
 from megapt.parameters import ParameterTable
 from megapt.zero.base import Fragment
@@ -253,12 +254,12 @@ def _commit(
 ) -> None:
     data = _index(step, meta, everything, table).encode()
     partial, final = folders.partial_folder(folder, step), folders.step_folder(folder, step)
-    folders.write_atomic(partial / folders.INDEX, data)
+    write_whole(partial / folders.INDEX, data, make_folder=False)
     if final.exists():
         shutil.rmtree(final)  # torn: `_prepare` refuses a committed one
     os.rename(partial, final)
-    folders.sync_folder(folder)
-    folders.write_atomic(final / folders.MARKER, marker_of(data))
+    sync_folder(folder)
+    write_whole(final / folders.MARKER, marker_of(data), make_folder=False)
 
 
 def _discard(folder: Path, step: int) -> None:

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megapt.data import tokenizers
-from megapt.data.files import StrPath
 from megapt.data.indexed import IndexedWriter, best_dtype
 from megapt.data.pieces import Piece, list_files, read_parts, work_items
 from megapt.errors import UserError
+from megapt.files import StrPath
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megapt.data.files import StrPath
 from megapt.data.indexed import IndexedReader
 from megapt.data.order import SPLITS, SampleOrder, SequentialOrder, split_ranges
 from megapt.errors import UserError
+from megapt.files import StrPath
 
 
 class TokenDataset:

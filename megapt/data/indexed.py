@@ -19,8 +19,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megapt.data.files import StrPath, sync_folder, temporary_name
 from megapt.errors import UserError
+from megapt.files import StrPath, sync_folder, temporary_name
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

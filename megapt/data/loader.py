@@ -12,29 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megapt.batch import MicroBatch, StepBatch
 from megapt.data.batches import BatchSchedule
 from megapt.errors import UserError
-
-NO_LOSS = -100
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """`tokens` and `labels`, both torch.int64 [B, S]: labels[:, t] is the token after tokens[:, t], or -100
-    where there is no loss."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """This rank's micro-batches of one step, with the ids [global batch] and the number of labels with loss
-    of the WHOLE global batch, over all data-parallel ranks: the divisor of the summed loss."""
-
-    micro_batches: list[MicroBatch]
-    sample_ids: npt.NDArray[np.int64]
-    loss_tokens: int
 
 
 class SampleSource(Protocol):

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megapt.data.files import StrPath
 from megapt.errors import UserError
+from megapt.files import StrPath
 
 PIECE = 4 << 20  # bytes read and encoded at a time
 _WINDOW = 1 << 16  # bytes looked at once in search of a place to cut

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megapt.data.files import StrPath, write_whole
 from megapt.errors import UserError
+from megapt.files import StrPath, write_whole
 
 if TYPE_CHECKING:
     import sentencepiece

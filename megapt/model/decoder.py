@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from megapt.batch import MicroBatch
 from megapt.config import ModelConfig
 from megapt.model.attention import causal_attention
 from megapt.model.blocks import row_blocks
@@ -145,8 +146,8 @@ class Head(nn.Module):
 class DecoderChunk(nn.Module):
     """Consecutive layers of the model, with the embedding if they are the first and the head if they are the last.
 
-    `forward` takes tokens [B, S] on the first chunk, else the previous chunk's output x_TH, and gives x_TH, or on the
-    last chunk the summed loss of `labels` [B, S] (logits [T, vocabulary] if there are no labels).
+    `forward` takes the previous chunk's output x_TH (None on the first chunk, which reads the batch's tokens) and gives
+    x_TH, or on the last chunk the summed loss of the labels (logits [T, vocabulary] if there are none).
     """
 
     def __init__(
@@ -158,12 +159,14 @@ class DecoderChunk(nn.Module):
         self.layers = nn.ModuleList(Layer(model, factory, index) for index in layers)
         self.head = Head(model, factory) if last else None
 
-    def forward(self, x: Tensor, batch: int, sequence: int, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | None, batch: MicroBatch) -> Tensor:
         if self.embedding is not None:
-            x = self.embedding(x)
+            x = self.embedding(batch.tokens)
+        assert x is not None
+        rows, sequence = batch.tokens.shape
         rotary = None
         if self.model.position == "rope":
             rotary = rotary_table(self.model, sequence, x.device, torch.promote_types(x.dtype, torch.float32))
         for layer in self.layers:
-            x = layer(x, batch, rotary)
-        return x if self.head is None else self.head(x, labels)
+            x = layer(x, rows, rotary)
+        return x if self.head is None else self.head(x, batch.labels)

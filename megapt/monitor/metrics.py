@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megapt.errors import UserError
-from megapt.monitor.run_folder import sync_folder, write_whole
+from megapt.files import sync_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,33 +17,7 @@ from typing import Any
 
 import megapt
 from megapt.errors import UserError
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``: a reader at any moment, and after any crash, sees the old or the new file.
-
-    Writes a temporary file beside it, syncs it to the disk, renames it and syncs the folder.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from megapt.files import write_whole
 
 
 class RunFolder:

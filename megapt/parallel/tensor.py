@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from megapt.batch import IGNORE
 from megapt.mesh import Axis, all_gather, reduce_scatter
 from megapt.parameters import Parameter, ParameterTable, initialise_
-
-IGNORE = -100  # label of a token without loss
 
 
 @dataclass(frozen=True)

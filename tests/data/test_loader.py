@@ -9,10 +9,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from megapt.batch import StepBatch
 from megapt.data.batches import BatchSchedule
 from megapt.data.dataset import TokenDataset
 from megapt.data.indexed import IndexedWriter
-from megapt.data.loader import StepBatch, StepLoader, eval_batches
+from megapt.data.loader import StepLoader, eval_batches
 from megapt.data.receipt import Receipt
 from megapt.errors import UserError
 

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megapt.batch import IGNORE, MicroBatch, StepBatch
 from megapt.config import Config, from_tree
-from megapt.data.loader import MicroBatch, StepBatch
 from megapt.engine import Engine
 from megapt.parallel.gradients import finalize
-from megapt.parallel.tensor import IGNORE
 from megapt.parameters import Parameter
 from megapt.zero.base import StepResult
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from megapt import checkpoint
-from megapt.config import OptimizerConfig, ZeroConfig, check_world, load
+from megapt.config import OptimizerConfig, ZeroConfig, load
 from megapt.errors import UserError
 from megapt.generate import generate, inference_config, parse_parallel
 from megapt.mesh import ParallelMesh
+from megapt.rules import check_world
 from tests.end_to_end import runs
 from tests.end_to_end.runs import Ranks
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megapt.batch import MicroBatch
 from megapt.config import from_tree
 from megapt.convert.export import family_of
 from megapt.mesh import ParallelMesh
@@ -63,12 +64,12 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name: str, precisio
     close = 1e-12 if precision == "fp64" and model.position == "learned" else 2e-5
     logits = theirs(tokens).logits
     with torch.no_grad():
-        mine = chunk(tokens, BATCH, SEQUENCE)
+        mine = chunk(None, MicroBatch(tokens, None))
     assert logits.abs().max() > 1
     assert distance(mine, logits.detach().flatten(0, 1)) < close
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     loss.backward()
-    own = chunk(tokens, BATCH, SEQUENCE, labels)
+    own = chunk(None, MicroBatch(tokens, labels))
     own.backward()
     assert float(own.detach()) == pytest.approx(float(loss.detach()), rel=close)
     gradients = {n: p.grad for n, p in theirs.named_parameters()}

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megapt.batch import IGNORE
 from megapt.config import ModelConfig
 from megapt.mesh import Axis
 from megapt.model.table import parameter_table
 from megapt.parallel import tensor
-from megapt.parallel.tensor import IGNORE, ParameterFactory, TensorParallel, VocabularyHead
+from megapt.parallel.tensor import ParameterFactory, TensorParallel, VocabularyHead
 from tests.model.accuracy import assert_accurate, random
 
 TOKENS, HIDDEN, VOCABULARY = 50, 24, 67

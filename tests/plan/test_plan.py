@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapt.config import ModelConfig, check_world, from_tree, load
+from megapt.batch import MicroBatch
+from megapt.config import ModelConfig, from_tree, load
 from megapt.engine import Engine
 from megapt.model.positions import rotary_table
 from megapt.model.table import parameter_table
@@ -17,6 +18,7 @@ from megapt.parallel.pipeline.check import check
 from megapt.parallel.pipeline.schedules import schedule
 from megapt.plan.flops import model_flops_per_token
 from megapt.plan.memory import layer_activations, stage_memory
+from megapt.rules import check_world
 from tests.distributed.layouts import GPT2, LLAMA, SEQUENCE, tree
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -95,7 +97,7 @@ def test_activations_are_what_autograd_keeps(model: dict, precision: str) -> Non
     assert layer_activations(config, cpu=True) == pytest.approx(one, rel=0.02)
 
     tokens = torch.zeros(micro, SEQUENCE, dtype=torch.long)
-    every = _saved_bytes(engine, lambda: chunk(tokens, micro, SEQUENCE, tokens))
+    every = _saved_bytes(engine, lambda: chunk(None, MicroBatch(tokens, tokens)))
     (stage,) = stage_memory(config, 1, cpu=True)
     assert stage.activations == pytest.approx(every, rel=0.02)
 

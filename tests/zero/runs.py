@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megapt.batch import MicroBatch
 from megapt.config import ModelConfig
 from megapt.mesh import Axis, ParallelMesh
 from megapt.model.decoder import DecoderChunk
@@ -186,7 +187,7 @@ def _losses(chunk: nn.Module, step: int, sequences: range, micro: int) -> Iterat
         sequences.start : sequences.stop
     ]
     for part in tokens.chunk(micro):
-        yield chunk(part[:, :-1], part.shape[0], _LENGTH, part[:, 1:]) * (20.0 / (_SEQUENCES * _LENGTH))
+        yield chunk(None, MicroBatch(part[:, :-1], part[:, 1:])) * (20.0 / (_SEQUENCES * _LENGTH))
 
 
 def _decoder(case: Case, mesh: ParallelMesh) -> dict[str, Any]:

@@ -9,20 +9,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megapt.batch import MicroBatch
 from megapt.mesh import ParallelMesh
 from megapt.parallel.pipeline.actions import Action, Channel, Kind, Placement
 from megapt.parallel.pipeline.check import check
 from megapt.parallel.pipeline.schedules import Schedule, schedule
 from megapt.parallel.tensor import TensorParallel
-
-if TYPE_CHECKING:
-    from megapt.data.loader import MicroBatch
 
 
 @lru_cache(maxsize=16)
@@ -117,25 +114,16 @@ class Pipeline:
     def logits(self, tokens: Tensor) -> Tensor | None:
         """Logits [B, S, vocabulary] of tokens [B, S] on the last stage, None elsewhere."""
         made = checked_schedule("forward", self.mesh.pp.size, len(self.chunks), 1)
-        run = _Run(self, made, [_Unlabelled(tokens)], 1.0)
+        run = _Run(self, made, [MicroBatch(tokens, None)], 1.0)
         run.execute()
         return None if run.logits is None else run.logits.view(*tokens.shape, -1)
-
-
-class _Unlabelled:
-    """A micro-batch whose logits are wanted."""
-
-    labels = None
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
 
 
 class _Run:
     """One pass over a schedule's actions: what is on its way, and what waits for its backward."""
 
     def __init__(
-        self, pipeline: Pipeline, made: Schedule, batches: Sequence[MicroBatch | _Unlabelled], scale: float
+        self, pipeline: Pipeline, made: Schedule, batches: Sequence[MicroBatch], scale: float
     ) -> None:
         self.pipeline, self.made, self.batches, self.scale = pipeline, made, batches, scale
         self.rank = pipeline.mesh.pp.rank
@@ -186,7 +174,7 @@ class _Run:
         if received is not None and self.made.has_backward:
             received.requires_grad_()
         chunk = self.pipeline.chunks[action.chunk]
-        output = chunk(batch.tokens if received is None else received, *batch.tokens.shape, batch.labels)
+        output = chunk(received, batch)
         if chunk.last and batch.labels is None:
             self.logits = output
         elif chunk.last:

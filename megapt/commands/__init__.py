@@ -1,0 +1,1 @@
+"""The subcommands of `megapt`, a file per family; each imports its job when it runs."""
