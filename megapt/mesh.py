@@ -13,10 +13,38 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megapt.errors import UserError
+from megapt.operations import OPERATIONS
 
 # torch 2.13 renamed these two collectives and warns at the old names; torch 2.11 has only those.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather(
+    out: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | None:
+    """The members' tensors one after the other along dimension 0, into `out`."""
+    OPERATIONS.note("all-gather", group, tensor)
+    return _all_gather(out, tensor, group=group, async_op=async_op)
+
+
+def reduce_scatter(
+    out: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | None:
+    """The members' sum; each member's part of dimension 0 into its `out`."""
+    OPERATIONS.note("reduce-scatter", group, tensor)
+    return _reduce_scatter(out, tensor, group=group, async_op=async_op)
+
+
+def all_reduce(
+    tensor: torch.Tensor,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> dist.Work | None:
+    """In place."""
+    OPERATIONS.note("all-reduce", group, tensor)
+    return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
 
 
 @dataclass(frozen=True)
@@ -30,7 +58,7 @@ class Axis:
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """In place; nothing to do on an axis of one."""
         if self.size > 1:
-            dist.all_reduce(tensor, op=op, group=self.group)
+            all_reduce(tensor, op, self.group)
         return tensor
 
     def global_rank(self, rank: int) -> int:
@@ -68,7 +96,11 @@ class ParallelMesh:
         mesh = init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=("pp", "dp", "tp"))
         model = mesh["pp", "tp"]._flatten("model")
         pp, dp, tp = (_axis(mesh[name]) for name in ("pp", "dp", "tp"))
-        return cls(pp, dp, tp, _axis(model), dist.get_rank(), world, device)
+        made = cls(pp, dp, tp, _axis(model), dist.get_rank(), world, device)
+        OPERATIONS.forget()
+        for name, axis in (("pp", pp), ("dp", dp), ("tp", tp), ("model", made.model)):
+            OPERATIONS.name(axis.group, name)
+        return made
 
     @property
     def coordinates(self) -> tuple[int, int, int]:

@@ -51,6 +51,10 @@ def linear(theirs: str, *ours: str, transposed: bool = False) -> tuple[Row, Row]
     )
 
 
+# What no family has unless it says so.
+_COMMON: dict[str, tuple[Any, ...]] = {"attention": ("causal",), "logit_softcap": (None,)}
+
+
 @dataclass(frozen=True)
 class Family:
     """legal: per field of ModelConfig the values this family can express; rows: all tensors that its variants
@@ -65,7 +69,7 @@ class Family:
         """Why a model cannot be written as this family, field by field; empty if it can."""
         return [
             f"model.{key} is {getattr(model, key)!r} (legal: {', '.join(map(repr, values))})"
-            for key, values in self.legal(model).items()
+            for key, values in {**_COMMON, **self.legal(model)}.items()
             if getattr(model, key) not in values
         ]
 

@@ -1,7 +1,11 @@
-"""Causal attention over projected queries, keys and values, with rotary positions."""
+"""Attention over projected queries, keys and values, with rotary positions, inside of documents."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,24 +13,57 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megapt.batch import Documents
 from megapt.model.positions import Rotary, rotate, turn
 
 
-def causal_attention(qkv: Tensor, batch: int, heads: int, kv_heads: int, rotary: Rotary | None) -> Tensor:
-    """Each token attends to itself and to the tokens before it in its sequence.
+def attention(
+    qkv: Tensor,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    rotary: Rotary | None,
+    causal: bool = True,
+    documents: Documents | None = None,
+) -> Tensor:
+    """Each token attends to its document: to itself and the tokens before it, or if not `causal` to all of it.
 
     qkv: [T, (heads + 2 x kv_heads) x width], T = batch x sequence: a token's query heads, then its key heads, then
     its value heads; query head i meets key/value head i // (heads / kv_heads) (arXiv 2305.13245).
-    rotary: turns queries and keys before they meet. Returns [T, heads x width].
+    rotary: turns queries and keys before they meet. documents: None where each of the `batch` rows is one.
+    Returns [T, heads x width].
     """
+    lengths = documents.lengths if documents is not None else (qkv.shape[0] // batch,) * batch
     if qkv.device.type == "cpu":
-        return _CpuAttention.apply(qkv, batch, heads, kv_heads, *(rotary or (None, None)))
+        return _CpuAttention.apply(qkv, batch, heads, kv_heads, *(rotary or (None, None)), causal, lengths)
     q, k, v = _heads(qkv, batch, heads, kv_heads)
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
-    return y.transpose(1, 2).flatten(0, 1).flatten(1)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    if documents is not None and qkv.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q, k, v, documents, causal).flatten(1)
+    rows = []
+    for run in _runs(lengths):
+        part = (t[run.tokens].unflatten(0, run.shape).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(*part, is_causal=causal, enable_gqa=heads != kv_heads)
+        rows.append(y.transpose(1, 2).flatten(0, 1).flatten(1))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+class _Run:
+    """Neighbouring documents of equal length: one call of a kernel as a batch."""
+
+    def __init__(self, start: int, count: int, length: int) -> None:
+        self.tokens = slice(start, start + count * length)
+        self.shape = count, length
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[_Run]:
+    start = 0
+    for length, same in groupby(lengths):
+        count = len(list(same))
+        yield _Run(start, count, length)
+        start += count * length
 
 
 def _heads(qkv: Tensor, batch: int, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
@@ -43,30 +80,59 @@ class _CpuAttention(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, batch: int, heads: int, kv_heads: int, cos: Tensor | None, sin: Tensor | None
+        ctx: Any,
+        qkv: Tensor,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        causal: bool,
+        lengths: tuple[int, ...],
     ) -> Tensor:
-        ctx.sizes = batch, heads, kv_heads
+        ctx.sizes, ctx.causal, ctx.lengths = (batch, heads, kv_heads), causal, lengths
         q, k, v = _heads(qkv, *ctx.sizes)
         if cos is not None and sin is not None:
             q, k, v = _turned((q, k, v), torch.empty_like(qkv), ctx.sizes, (cos, sin))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        ctx.save_for_backward(q, k, v, y, lse, cos, sin)
-        return y.transpose(1, 2).flatten(0, 1).flatten(1)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        runs = list(_runs(lengths))
+        out = q.new_empty(q.shape) if len(runs) > 1 else None
+        sums = []
+        for run in runs:
+            part = (_as_batch(t, run) for t in (q, k, v))
+            y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, causal)
+            sums.append(lse)
+            if out is None:
+                out = y.transpose(1, 2).flatten(0, 1)
+            else:
+                _as_batch(out, run).copy_(y)
+        assert out is not None
+        ctx.save_for_backward(q, k, v, out, cos, sin, *sums)
+        return out.flatten(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        *saved, cos, sin = ctx.saved_tensors
+        q, k, v, out, cos, sin, *sums = ctx.saved_tensors
+        dy = grad.reshape(out.shape)
+        gradients: list[tuple[Tensor, ...]] = []
+        for run, lse in zip(_runs(ctx.lengths), sums, strict=True):
+            part = (_as_batch(t, run) for t in (dy, q, k, v, out))
+            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*part, lse, 0.0, ctx.causal)
+            gradients.append(tuple(g.transpose(1, 2).flatten(0, 1) for g in made))
         batch, heads, kv_heads = ctx.sizes
-        dy = grad.reshape(batch, -1, heads, saved[0].shape[-1]).transpose(1, 2)
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dy, *saved, 0.0, True)
-        dq, dk, dv = (g.transpose(1, 2) for g in gradients)
+        together = gradients[0] if len(gradients) == 1 else tuple(map(torch.cat, zip(*gradients, strict=True)))
+        dq, dk, dv = (g.unflatten(0, (batch, -1)) for g in together)
         dqkv = grad.new_empty(grad.shape[0], (heads + 2 * kv_heads) * dq.shape[-1])
         if cos is None:
             torch.cat([dq, dk, dv], dim=2, out=dqkv.view(batch, -1, heads + 2 * kv_heads, dq.shape[-1]))
         else:
             _turned((dq, dk, dv), dqkv, ctx.sizes, (cos, -sin))
-        return dqkv, None, None, None, None, None
+        return dqkv, None, None, None, None, None, None, None
+
+
+def _as_batch(t: Tensor, run: _Run) -> Tensor:
+    """The run's tokens of t [T, heads, width] as a view [documents, heads, length, width]."""
+    return t[run.tokens].unflatten(0, run.shape).transpose(1, 2)
 
 
 def _turned(
@@ -78,3 +144,27 @@ def _turned(
     turn(qkv[1], rotary, views[1])
     views[2].copy_(qkv[2])
     return views
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool) -> Tensor:
+    """All documents in one call of a GPU's flash kernel: [T, heads, width] each -> [T, heads, width]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)}
+    if q.shape[1] != k.shape[1]:
+        if _varlen_groups_heads():
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    bounds, longest = documents.cu_seqlens, max(documents.lengths)
+    y = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    assert isinstance(y, Tensor)  # no second result was asked for
+    return y
+
+
+@cache
+def _varlen_groups_heads() -> bool:
+    """Whether this torch's varlen attention takes fewer key/value heads than query heads: 2.11 does not say so."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from megapt.config import ModelConfig, RopeScaling
 from megapt.model.blocks import row_blocks
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, [S, 1, head_width / 2], or with a row for each sequence
 
 
 def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -38,6 +38,12 @@ def rotary_table(model: ModelConfig, sequence: int, device: torch.device, dtype:
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
+def at_positions(table: Rotary, positions: Tensor) -> Rotary:
+    """The table's rows for tokens whose positions [B, S] restart inside of rows: two [B, S, 1, head_width / 2]."""
+    cos, sin = table
+    return cos[positions], sin[positions]
+
+
 class _Rotate(Function):
     """A rotation needs nothing saved but its angle, and its gradient is the rotation back."""
 
@@ -54,12 +60,12 @@ class _Rotate(Function):
 
 def turn(x: Tensor, table: Rotary, out: Tensor) -> Tensor:
     """Write x [B, S, heads, width] turned by its positions into `out` and return it."""
-    cos, sin = table
-    for source, target in row_blocks(x, out):
+    cos, sin = (t.expand(len(x), *t.shape[-3:]) for t in table)  # the same table for every row, or one each
+    for source, target, c, s in row_blocks(x, out, cos, sin):
         a, b = source.to(cos.dtype).chunk(2, dim=-1)
         left, right = target.chunk(2, dim=-1)
-        left.copy_((a * cos).addcmul_(b, sin, value=-1))
-        right.copy_((b * cos).addcmul_(a, sin))
+        left.copy_((a * c).addcmul_(b, s, value=-1))
+        right.copy_((b * c).addcmul_(a, s))
     return out
 
 

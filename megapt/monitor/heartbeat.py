@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from megapt.operations import Place, diagnose
+
 # A verdict about hundreds of ranks is still one line.
 _NAMED_AT_MOST = 8
 
@@ -30,7 +32,7 @@ class Heartbeat:
     """What a rank says of itself every interval.
 
     ``count`` grows with every heartbeat (the process lives); ``beats`` grows with every call of ``beat`` (its
-    main thread gets on).
+    main thread gets on); ``place`` says which operation of the step it is at.
     """
 
     count: int
@@ -40,17 +42,21 @@ class Heartbeat:
     phase: str
     host: str
     pid: int
+    place: Place = Place("")
 
     def encode(self) -> str:
         return json.dumps(
-            [self.count, self.beats, self.state.value, self.step, self.phase, self.host, self.pid],
+            [
+                self.count, self.beats, self.state.value, self.step, self.phase, self.host, self.pid,
+                self.place.to_dict(),
+            ],
             separators=(",", ":"),
         )
 
     @staticmethod
     def decode(data: bytes) -> Heartbeat:
-        count, beats, state, step, phase, host, pid = json.loads(data)
-        return Heartbeat(count, beats, State(state), step, phase, host, pid)
+        count, beats, state, step, phase, host, pid, place = json.loads(data)
+        return Heartbeat(count, beats, State(state), step, phase, host, pid, Place(**place))
 
 
 class Kind(Enum):
@@ -196,10 +202,28 @@ class Roster:
         ]
         text = (
             f"no rank has made progress for {self._stillness:.3g} s; the lowest step is {lowest}, "
-            f"{'; '.join(groups)}. Every rank's log now holds its stacks: look for the rank "
-            f"that is not inside a collective."
+            f"{'; '.join(groups)}. {self._places(lowest)}Every rank's log now holds its stacks."
         )
         return Verdict(Kind.STALLED, tuple(sorted(rank for ranks in phases.values() for rank in ranks)), text)
+
+    def _places(self, step: int) -> str:
+        """Which operations the ranks of this step are at, and whom they wait for."""
+        places = {
+            rank: latest.place
+            for rank, latest in zip(self._ranks, self._latest, strict=True)
+            if latest is not None and latest.state is State.RUNNING and latest.step == step
+        }
+        missing, lines = diagnose(places)
+        if not lines:
+            return ""
+        accused = [self._place(rank, places[rank]) for rank in missing if rank in places]
+        return f"They wait for {_join(accused)}. In detail: {_join(lines)}. "
+
+    def _place(self, rank: int, place: Place) -> str:
+        at = f"operation {place.index}" + (f" of {place.of}" if place.of else "")
+        last = f", {place.operation}" if place.operation else ""
+        following = f", before {place.next}" if place.next else ""
+        return f"{self._describe(rank)} in {place.action or 'no action'} (after {at}{last}{following})"
 
 
 def last_seen(heartbeat: Heartbeat | None) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from megapt.errors import UserError
 from megapt.monitor.heartbeat import LOOK_AT_HOST, Heartbeat, Kind, Roster, State, Verdict, last_seen
+from megapt.operations import OPERATIONS
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -232,7 +233,7 @@ class Watchdog:
             self._count += 1
             beats, step, phase = self._position
             heartbeat = Heartbeat(
-                self._count, beats, self._state, step, phase, socket.gethostname(), os.getpid()
+                self._count, beats, self._state, step, phase, socket.gethostname(), os.getpid(), OPERATIONS.place()
             )
             self._store.set(self._key(self._rank), heartbeat.encode())
 
