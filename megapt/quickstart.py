@@ -21,6 +21,7 @@ from typing import Any
 
 from megapt.config import Config, load
 from megapt.errors import UserError
+from megapt.files import write_whole
 from megapt.launcher import local_port, visible_devices
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ def run(workdir: str | Path, text: str | Path | None = None) -> dict[str, Any]:
     results |= _pictures(folder, config, results)
     results["paths"] |= {"tokenizer": str(tokenizer), "data": str(prefix)}
     results["seconds"] = round(time.perf_counter() - started, 1)
-    _write(folder / "summary.json", json.dumps(results, indent=2) + "\n")
+    write_whole(folder / "summary.json", json.dumps(results, indent=2).encode() + b"\n")
     _report(folder, results)
     return results
 
@@ -63,12 +64,6 @@ def run(workdir: str | Path, text: str | Path | None = None) -> dict[str, Any]:
 
 def _say(text: str) -> None:
     print(f"quickstart: {text}", flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _corpus(folder: Path, text: str | Path | None) -> Path:
@@ -89,8 +84,8 @@ def _corpus(folder: Path, text: str | Path | None) -> Path:
     size = sum(len(d) for d in documents)
     if size < 200_000:
         raise UserError(f"{source} holds {size} characters of text; training needs 200,000 at least")
-    _write(corpus, "".join(json.dumps({"text": d}) + "\n" for d in documents))
-    _write(note, str(source))
+    write_whole(corpus, "".join(json.dumps({"text": d}) + "\n" for d in documents).encode())
+    write_whole(note, str(source).encode())
     _say(f"text: {size / 1e6:.1f} million characters in {len(documents)} documents from {source}")
     return corpus
 
@@ -233,11 +228,13 @@ def _baselines(config: Config) -> dict[str, Any]:
     from megapt.data.dataset import TokenDataset
 
     data, batch = config.data, config.batch
+    assert isinstance(data.train, str)
     valid = TokenDataset(data.train, "valid", data.split, batch.sequence, config.seed)
     available = valid.num_samples_per_epoch // batch.global_samples
     batches = min(max(1, config.train.validate_samples // batch.global_samples), available)
     samples = valid.sample(np.arange(batches * batch.global_samples))
-    tokens = np.append(samples[:, :-1].reshape(-1), samples[-1, -1])  # neighbours share a token: one stream
+    # Neighbours share a token: one stream. The last sample of all may be padded.
+    tokens = np.append(samples[:, :-1].reshape(-1), samples[-1, -1])[:valid.num_tokens]
     found = token_entropies(tokens, config.model.vocabulary)
     return {"baselines": {"unigram": found.unigram, "bigram": found.bigram, "tokens": int(tokens.size)}}
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megapt.checkpoint.folders import sync_folder, write_atomic
 from megapt.checkpoint.loading import Reader, open_reader, stored_model
 from megapt.checkpoint.tensorfile import DTYPES, Slot, TensorFile
 from megapt.config import ModelConfig
@@ -19,6 +18,7 @@ from megapt.convert.mapping import Family, Row
 from megapt.convert.qwen2 import QWEN2
 from megapt.convert.tokenizer import write_tokenizer
 from megapt.errors import UserError
+from megapt.files import sync_folder, write_whole
 from megapt.model.table import parameter_table
 
 FAMILIES = (LLAMA, QWEN2, GPT2)
@@ -130,4 +130,4 @@ def _write_configs(folder: Path, family: Family, model: ModelConfig, dtype: str,
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    write_atomic(path, (json.dumps(tree, indent=2) + "\n").encode())
+    write_whole(path, (json.dumps(tree, indent=2) + "\n").encode())

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megapt.checkpoint.folders import write_atomic
 from megapt.config import ModelConfig
 from megapt.data import tokenizers as own
 from megapt.errors import UserError
+from megapt.files import write_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -57,7 +57,7 @@ def write_tokenizer(path: str, folder: Path, model: ModelConfig) -> int | None:
             _of_bytes(tokenizer) if tokenizer.kind == "bytes" else _of_sentencepiece(Path(tokenizer.path))
         )
         _compare(tokenizer, backend)
-        write_atomic(folder / "tokenizer.json", backend.to_str().encode())
+        write_whole(folder / "tokenizer.json", backend.to_str().encode())
         if tokenizer.kind == "sentencepiece":
             shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
     if not (folder / "tokenizer_config.json").exists():
@@ -68,7 +68,7 @@ def write_tokenizer(path: str, folder: Path, model: ModelConfig) -> int | None:
         }
         if tokenizer.eod is not None:
             config["eos_token"] = backend.id_to_token(tokenizer.eod)
-        write_atomic(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_whole(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
     return tokenizer.eod
 
 

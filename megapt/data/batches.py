@@ -44,16 +44,6 @@ class BatchSchedule:
         level = self._at_step(step)
         return level.first_sample + (step - level.first_step) * level.size
 
-    def step_of(self, samples: int) -> int:
-        """The step that takes sample number `samples` (from 0): the next step once that many were consumed.
-
-        A count that no step begins with lies inside the step returned: first_sample(step) < samples.
-        """
-        if samples < 0:
-            raise ValueError(f"samples are counted from 0, not {samples}")
-        level = self._levels[bisect_right(self._levels, samples, key=lambda level: level.first_sample) - 1]
-        return level.first_step + (samples - level.first_sample) // level.size
-
     def _at_step(self, step: int) -> _Level:
         if step < 0:
             raise ValueError(f"steps are counted from 0, not {step}")

@@ -1,8 +1,6 @@
-"""Megatron's `.bin/.idx` token files, byte for byte: a memory-mapped reader and an all-or-nothing writer.
+"""Megatron's `.bin/.idx` token files, byte for byte: a reader that loads nothing and an all-or-nothing writer.
 
-`.bin` is raw little-endian tokens and nothing else. `.idx` is a header of 34 bytes (magic, version, dtype
-code, number of sequences Ns, number of document boundaries Nd), then i32[Ns] lengths in tokens, i64[Ns]
-offsets in bytes, i64[Nd] document boundaries in sequence numbers, the first of them 0.
+`.bin` is raw little-endian tokens and nothing else; `index_format` describes the `.idx`.
 """
 
 from __future__ import annotations
@@ -11,7 +9,9 @@ import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,23 +19,21 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from megapt.data.index_format import CODES, DTYPES, MAX_LENGTH, read_header
+from megapt.data.pair_writer import PairWriter
+from megapt.data.remote import CACHE_BYTES, BlockCache, RemoteColumn, RemoteFile, is_remote
+from megapt.data.storage import LocalFile, Progress, Storage, sha256
 from megapt.errors import UserError
-from megapt.files import StrPath, sync_folder, temporary_name
-
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {code: np.dtype(name) for code, name in
-          {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-FLOAT_CODES = {6: "float64", 7: "float32"}
+from megapt.files import StrPath
 
 _PROBES = 32  # neighbouring sequences looked at on opening
 _BLOCK = 4096  # bytes per block of the fingerprint
 _BLOCKS = 64  # blocks per file of the fingerprint
-_CHUNK = 1 << 20  # index entries handled at a time by full passes
+_CHUNK = 1 << 18  # index entries handled at a time by full passes
+_PENDING = 1 << 16  # index entries that the writer holds in memory
 
 Tokens = npt.NDArray[np.integer[Any]]
+Int64 = npt.NDArray[np.int64]
 
 
 def best_dtype(vocabulary: int) -> np.dtype[Any]:
@@ -44,50 +42,59 @@ def best_dtype(vocabulary: int) -> np.dtype[Any]:
 
 
 class IndexedReader:
-    """Memory-mapped tokens of `{prefix}.bin` described by `{prefix}.idx`.
+    """Tokens of `{prefix}.bin` described by `{prefix}.idx`: local files, or remote ones ("s3://bucket/corpus").
 
-    Opening reads the header and a few dozen index entries, whatever the size of the corpus; `verify` checks
-    all.
+    Opening reads the header and a few dozen index entries, whatever the size of the corpus; `megapt data verify`
+    checks all.
 
-    Attributes: `dtype` of the tokens; `num_sequences`, `num_documents`, `num_tokens`; the memory-mapped
-    read-only arrays `lengths` (i32 [num_sequences], tokens), `offsets` (i64 [num_sequences], bytes) and
-    `document_boundaries` (i64 [num_documents + 1], sequence numbers).
+    Attributes: `dtype` of the tokens; `num_sequences`, `num_documents`, `num_tokens`; the read-only columns `lengths`
+    (i32 [num_sequences], tokens), `offsets` (i64 [num_sequences], bytes), `document_boundaries` (i64 [num_documents
+    + 1], sequence numbers) and, if `multimodal`, `modes` (i8 [num_sequences], else None). Local columns are
+    memory-mapped arrays, which are not aligned: numpy copies them whole in some operations, `searchsorted` among them
+    (`sequence_at` and `document_at` search without). Remote ones take an int, a slice of step 1, an array of numbers
+    and `len`, and fetch what they are asked for.
 
     The packed stream is all sequences in index order, end to end. Writers lay sequences back to back, and
     then the stream is the `.bin` itself. Where the index says otherwise (subsets, reordered indices), the
-    stream's positions are computed once from the lengths: O(num_sequences) time and 8 bytes per sequence.
+    stream's positions are computed once from the lengths: O(num_sequences) time and 8 bytes per sequence, and
+    for local files only.
 
-    Raises UserError if a file is missing, damaged, or does not belong to the other.
+    Args:
+        prefix: common path or URL of the two files, without the ending.
+        multimodal: whether the index ends with modes; the file does not say so itself.
+        cache: folder for blocks of remote files, shared by the processes of a machine; default:
+            `remote.default_folder()`.
+        cache_bytes: most bytes of blocks kept in that folder.
+
+    Raises UserError if a file is missing, damaged, does not belong to the other, or, in later calls, changed.
     """
 
-    def __init__(self, prefix: StrPath) -> None:
-        self.prefix = os.fspath(prefix)
-        self.idx_path, self.bin_path = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
-        self._idx, self._bin = _map_file(self.idx_path), _map_file(self.bin_path)
-        self._read_header()
+    def __init__(self, prefix: StrPath, multimodal: bool = False, cache: StrPath | None = None,
+                 cache_bytes: int = CACHE_BYTES) -> None:
+        self.prefix, self.multimodal = os.fspath(prefix), multimodal
+        self.idx, self.bin = open_pair(self.prefix, cache, cache_bytes)
+        self._read_index()
         self._check_ends()
         self.packed = self._looks_packed()
         if self.packed:
             self._check_size()
-            self._stream: Tokens = self._bin.view(self.dtype)
-            self.num_tokens = len(self._stream)
+            self.num_tokens = self.bin.size // self.dtype.itemsize
         else:
-            self._check_entries()
-            self._ends = np.cumsum(self.lengths, dtype=np.int64)
+            self._ends = self._stream_ends()
             self.num_tokens = int(self._ends[-1])
 
     def __len__(self) -> int:
         return self.num_sequences
 
     def sequence(self, i: int) -> Tokens:
-        """Sequence `i` as a read-only view [lengths[i]] of the file. IndexError outside [0,
-        num_sequences)."""
+        """Sequence `i` [lengths[i]], read-only; a view of a local file. IndexError outside [0, num_sequences)."""
         if not 0 <= i < self.num_sequences:
-            raise IndexError(f"sequence {i} of {self.num_sequences} in {self.bin_path}")
-        offset, size = int(self.offsets[i]), int(self.lengths[i]) * self.dtype.itemsize
-        if size < 0 or offset < 0 or offset + size > len(self._bin):
-            raise self._bad_entry(i)
-        return self._bin[offset:offset + size].view(self.dtype)
+            raise IndexError(f"sequence {i} of {self.num_sequences} in {self.bin.name}")
+        self.idx.check()
+        offset, length = int(self.offsets[i]), int(self.lengths[i])
+        if not self._fits(offset, length):
+            raise self._bad_entry(i, offset, length)
+        return self.bin.read(offset, length * self.dtype.itemsize).view(self.dtype)
 
     def tokens(self, start: int, count: int) -> Tokens:
         """Tokens [start, start + count) of the packed stream, as a view where the files allow one.
@@ -95,9 +102,10 @@ class IndexedReader:
         IndexError unless they lie inside [0, num_tokens).
         """
         if start < 0 or count < 0 or start + count > self.num_tokens:
-            raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens} in {self.bin_path}")
+            raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens} in {self.bin.name}")
         if self.packed:
-            return self._stream[start:start + count]
+            size = self.dtype.itemsize
+            return self.bin.read(start * size, count * size).view(self.dtype)
         parts: list[Tokens] = []
         i = int(np.searchsorted(self._ends, start, side="right"))
         skip = start - (int(self._ends[i - 1]) if i else 0)
@@ -110,136 +118,204 @@ class IndexedReader:
     def token_range(self, first: int, last: int) -> tuple[int, int]:
         """The range [start, stop) of the packed stream that sequences [first, last) fill."""
         if not 0 <= first <= last <= self.num_sequences:
-            raise IndexError(f"sequences [{first}, {last}) of {self.num_sequences} in {self.idx_path}")
+            raise IndexError(f"sequences [{first}, {last}) of {self.num_sequences} in {self.idx.name}")
+        self.idx.check()
         start, stop = self._position(first), self._position(last)
         if not 0 <= start <= stop <= self.num_tokens:
-            raise UserError(f"{self.idx_path} is damaged: sequences [{first}, {last}) would span tokens "
+            raise UserError(f"{self.idx.name} is damaged: sequences [{first}, {last}) would span tokens "
                             f"[{start}, {stop}) of {self.num_tokens}; rebuild the data")
         return start, stop
+
+    def document(self, d: int) -> tuple[int, int]:
+        """The sequences [first, last) of document `d`. IndexError outside [0, num_documents)."""
+        if not 0 <= d < self.num_documents:
+            raise IndexError(f"document {d} of {self.num_documents} in {self.idx.name}")
+        self.idx.check()
+        first, last = self.document_boundaries[d:d + 2].tolist()
+        if not 0 <= first <= last <= self.num_sequences:
+            raise UserError(f"{self.idx.name} is damaged: document {d} would hold sequences [{first}, {last}) of "
+                            f"{self.num_sequences}; see megapt data verify")
+        return first, last
+
+    def sequence_at(self, token: int) -> int:
+        """The sequence that holds token `token` of the packed stream. IndexError outside [0, num_tokens)."""
+        if not 0 <= token < self.num_tokens:
+            raise IndexError(f"token {token} of {self.num_tokens} in {self.bin.name}")
+        if not self.packed:
+            return int(np.searchsorted(self._ends, token, side="right"))
+        self.idx.check()
+        return _last_at_most(self.offsets, token * self.dtype.itemsize)
+
+    def document_at(self, sequence: int) -> int:
+        """The document that holds sequence `sequence`. IndexError outside [0, num_sequences)."""
+        if not 0 <= sequence < self.num_sequences:
+            raise IndexError(f"sequence {sequence} of {self.num_sequences} in {self.idx.name}")
+        self.idx.check()
+        return _last_at_most(self.document_boundaries, sequence)
+
+    def entries(self, first: int, last: int) -> Iterator[tuple[int, Int64, Int64]]:
+        """(number, lengths, offsets) of sequences [first, last), in blocks of bounded size that start at `number`.
+
+        UserError at the first that does not lie inside the `.bin`.
+        """
+        lengths_at, offsets_at = self.header.lengths_at, self.header.offsets_at
+        lengths = self.idx.stream(lengths_at + 4 * first, lengths_at + 4 * last, 4 * _CHUNK)
+        offsets = self.idx.stream(offsets_at + 8 * first, offsets_at + 8 * last, 8 * _CHUNK)
+        for number, length, offset in zip(range(first, last, _CHUNK), lengths, offsets, strict=True):
+            length_n, offset_n = length.view("<i4").astype(np.int64), offset.view("<i8").astype(np.int64)
+            # Compared by subtraction, since a damaged offset near 2^63 would make a sum wrap around.
+            bad = (length_n < 0) | (offset_n < 0) | (offset_n > self.bin.size - length_n * self.dtype.itemsize)
+            if bad.any():
+                at = int(np.argmax(bad))
+                raise self._bad_entry(number + at, int(offset_n[at]), int(length_n[at]))
+            yield number, length_n, offset_n
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for file in (self.idx, self.bin):
+            digest.update(struct.pack("<Q", file.size))
+            if file.size <= _BLOCK * _BLOCKS:
+                ranges = [(0, file.size)]
+            else:
+                ranges = [((file.size - _BLOCK) * k // (_BLOCKS - 1), _BLOCK) for k in range(_BLOCKS)]
+            for block in file.sample(ranges):
+                digest.update(block.tobytes())
+        return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """A hash of both files' sizes and of up to 64 blocks of 4 KiB of each, evenly spread, ends included.
 
         It tells apart corpora that were rebuilt, cut or mixed up, at the cost of 128 small reads; an edit of
-        a few bytes between the blocks of a large file goes unseen. The path and the time of change do not
-        count.
+        a few bytes between the blocks of a large file goes unseen (`full_hash` sees it). The path and the time
+        of change do not count.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        for data in (self._idx, self._bin):
-            digest.update(struct.pack("<Q", len(data)))
-            if len(data) <= _BLOCK * _BLOCKS:
-                digest.update(data.tobytes())
-                continue
-            for k in range(_BLOCKS):
-                start = (len(data) - _BLOCK) * k // (_BLOCKS - 1)
-                digest.update(data[start:start + _BLOCK].tobytes())
-        return digest.hexdigest()
+        return self._fingerprint
+
+    def full_hash(self, progress: Progress = lambda count: None) -> dict[str, str]:
+        """The SHA-256 of each file, {"bin": ..., "idx": ...}; reads all of both."""
+        return {"bin": sha256(self.bin, progress), "idx": sha256(self.idx, progress)}
+
+    def check_unchanged(self) -> None:
+        """UserError if one of the local files is no longer what was opened: two fstat calls.
+
+        Every method asks this by itself; whoever reads the columns directly calls it before.
+        """
+        self.idx.check()
+        self.bin.check()
 
     def verify(self) -> None:
-        """Check every index entry against the files: O(num_sequences). UserError names the first bad one."""
-        self._check_entries()
-        boundaries = self.document_boundaries
-        for start in range(0, len(boundaries), _CHUNK):
-            block = boundaries[start:start + _CHUNK + 1]  # one entry shared with the next block
-            falls = np.flatnonzero(block[1:] < block[:-1])
-            if len(falls):
-                at = start + int(falls[0])
-                raise UserError(f"{self.idx_path} is damaged: document {at} would end at sequence "
-                                f"{int(boundaries[at + 1])}, before its start {int(boundaries[at])}")
-        if int(boundaries[-1]) != self.num_sequences:
-            raise UserError(f"{self.idx_path} is incomplete: its documents end at sequence "
-                            f"{int(boundaries[-1])} of {self.num_sequences}; its writer did not close "
-                            "the last document")
+        """Check every index entry against the files: O(num_sequences). UserError names the first kind of defect."""
+        from megapt.data.verify import ORDER, check_pair
 
-    def _read_header(self) -> None:
-        path, size = self.idx_path, len(self._idx)
-        if size < HEADER.size:
-            raise UserError(f"{path} is cut short: {size} bytes, but its header alone takes {HEADER.size}")
-        magic, version, code, sequences, boundaries = HEADER.unpack(self._idx[:HEADER.size].tobytes())
-        if magic != MAGIC:
-            raise UserError(f"{path} is not a Megatron index: it starts with {magic!r} instead of {MAGIC!r}")
-        if version != VERSION:
-            raise UserError(f"{path} has version {version}; this reader knows version {VERSION}")
-        if code not in DTYPES:
-            found = FLOAT_CODES.get(code, "unknown")
-            known = ", ".join(f"{c} {d.name}" for c, d in DTYPES.items())
-            raise UserError(f"{path} has dtype code {code} ({found}); tokens are integers: {known}")
-        if boundaries < 1:
-            raise UserError(f"{path} is damaged: no document boundaries, but there is at least the first, 0")
-        expected = HEADER.size + 12 * sequences + 8 * boundaries
-        if size == expected + sequences and sequences:
-            raise UserError(f"{path} is {sequences} bytes longer than a text index: it carries modes of a "
-                            "multimodal corpus, which are not supported")
+        for finding in check_pair(self.idx, self.bin, multimodal=self.multimodal).findings:
+            if self.packed or finding.kind not in ORDER:
+                raise UserError(f"{self.idx.name} and {self.bin.name} are damaged: {finding}")
+
+    def _read_index(self) -> None:
+        self.header = header = read_header(self.idx)
+        size, expected = self.idx.size, header.end + header.sequences * self.multimodal
+        if size == header.end + header.sequences and header.sequences and not self.multimodal:
+            raise UserError(f"{self.idx.name} is {header.sequences} bytes longer than a text index: it carries modes "
+                            "of a multimodal corpus; pass multimodal to read it with them")
         if size != expected:
-            raise UserError(f"{path} has {size} bytes, but its header ({sequences} sequences, {boundaries} "
-                            f"document boundaries) declares {expected}; it is cut short or "
-                            "damaged: rebuild or copy it again")
-        self.dtype = DTYPES[code]
-        self.num_sequences, self.num_documents = int(sequences), int(boundaries) - 1
-        at = HEADER.size
-        self.lengths = np.frombuffer(self._idx, "<i4", sequences, at)
-        self.offsets = np.frombuffer(self._idx, "<i8", sequences, at + 4 * sequences)
-        self.document_boundaries = np.frombuffer(self._idx, "<i8", boundaries, at + 12 * sequences)
+            raise UserError(f"{self.idx.name} has {size} bytes, but its header ({header.sequences} sequences, "
+                            f"{header.boundaries} document boundaries{', modes' * self.multimodal}) declares "
+                            f"{expected}; it is cut short or damaged: rebuild or copy it again")
+        self.dtype = header.dtype
+        self.num_sequences, self.num_documents = header.sequences, header.boundaries - 1
+        self.lengths: npt.NDArray[np.int32] = self.idx.column("<i4", header.sequences, header.lengths_at)
+        self.offsets: Int64 = self.idx.column("<i8", header.sequences, header.offsets_at)
+        self.document_boundaries: Int64 = self.idx.column("<i8", header.boundaries, header.boundaries_at)
+        self.modes: npt.NDArray[np.int8] | None = (
+            self.idx.column("i1", header.sequences, header.end) if self.multimodal else None)
 
     def _check_ends(self) -> None:
         """What can be known of both files without reading all entries."""
-        if len(self._bin) % self.dtype.itemsize:
-            raise UserError(f"{self.bin_path} has {len(self._bin)} bytes, not a multiple of "
-                            f"{self.dtype.itemsize} ({self.dtype.name}, as {self.idx_path} says); it is cut "
+        if self.bin.size % self.dtype.itemsize:
+            raise UserError(f"{self.bin.name} has {self.bin.size} bytes, not a multiple of "
+                            f"{self.dtype.itemsize} ({self.dtype.name}, as {self.idx.name} says); it is cut "
                             "short or damaged")
-        first, last = int(self.document_boundaries[0]), int(self.document_boundaries[-1])
+        first, last = self._numbers(self.header.boundaries_at, "<i8", [0, self.num_documents])
         if first != 0 or not 0 <= last <= self.num_sequences:
-            raise UserError(f"{self.idx_path} is damaged: document boundaries run from {first} to {last}, "
+            raise UserError(f"{self.idx.name} is damaged: document boundaries run from {first} to {last}, "
                             f"but must run from 0 to at most {self.num_sequences}")
+        self._last_end = 0
         if self.num_sequences:
-            size = self.dtype.itemsize
-            end = int(self.offsets[-1]) + int(self.lengths[-1]) * size
-            if int(self.lengths[-1]) < 0 or int(self.offsets[-1]) < 0 or end > len(self._bin):
-                raise self._bad_entry(self.num_sequences - 1)
+            offset, = self._numbers(self.header.offsets_at, "<i8", [self.num_sequences - 1])
+            length, = self._numbers(self.header.lengths_at, "<i4", [self.num_sequences - 1])
+            if not self._fits(offset, length):
+                raise self._bad_entry(self.num_sequences - 1, offset, length)
+            self._last_end = offset + length * self.dtype.itemsize
 
     def _looks_packed(self) -> bool:
         """Whether the first and a sample of all sequences lie back to back from the start of the `.bin`."""
         if not self.num_sequences:
             return True
         probes = min(_PROBES, self.num_sequences - 1)
-        at = np.array([(self.num_sequences - 2) * k // max(probes - 1, 1) for k in range(probes)], np.int64)
-        ends = self.offsets[at] + self.lengths[at].astype(np.int64) * self.dtype.itemsize
-        return int(self.offsets[0]) == 0 and bool((ends == self.offsets[at + 1]).all())
+        at = [(self.num_sequences - 2) * k // max(probes - 1, 1) for k in range(probes)]
+        lengths = self._numbers(self.header.lengths_at, "<i4", at)
+        offsets = self._numbers(self.header.offsets_at, "<i8", [0, *at, *(i + 1 for i in at)])
+        ends = [offset + length * self.dtype.itemsize for offset, length in zip(offsets[1:], lengths, strict=False)]
+        return offsets[0] == 0 and ends == offsets[probes + 1:]
 
     def _check_size(self) -> None:
-        declared = 0
-        if self.num_sequences:
-            declared = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
-        if declared != len(self._bin):
-            raise UserError(f"{self.bin_path} has {len(self._bin)} bytes, but {self.idx_path} declares "
-                            f"{declared}; the two do not belong together: rebuild or copy them again")
+        if self._last_end != self.bin.size:
+            raise UserError(f"{self.bin.name} has {self.bin.size} bytes, but {self.idx.name} declares "
+                            f"{self._last_end}; the two do not belong together: rebuild or copy them again")
 
-    def _check_entries(self) -> None:
-        item, expected = self.dtype.itemsize, 0
-        for start in range(0, self.num_sequences, _CHUNK):
-            offsets = self.offsets[start:start + _CHUNK]
-            lengths = self.lengths[start:start + _CHUNK].astype(np.int64)
-            # Compared by subtraction, since a damaged offset near 2^63 would make a sum wrap around.
-            bad = (lengths < 0) | (offsets < 0) | (offsets > len(self._bin) - lengths * item)
-            if self.packed:
-                bad |= offsets != expected + np.cumsum(lengths * item) - lengths * item
-            if bad.any():
-                raise self._bad_entry(start + int(np.argmax(bad)))
-            expected += int(lengths.sum()) * item
+    def _stream_ends(self) -> Int64:
+        """Where each sequence ends in the stream of an index that is not packed, in tokens [num_sequences]."""
+        if isinstance(self.idx, RemoteFile):
+            raise UserError(f"{self.idx.name} does not list its sequences in the order of the .bin, so that all of it "
+                            "would be fetched; rewrite it with megapt data merge, or copy both files here")
+        ends = np.empty(self.num_sequences, np.int64)
+        at = 0
+        for number, lengths, _ in self.entries(0, self.num_sequences):
+            block = ends[number:number + len(lengths)]
+            np.cumsum(lengths, out=block)
+            block += at
+            at = int(block[-1])
+        return ends
 
     def _position(self, i: int) -> int:
         if i == self.num_sequences:
             return self.num_tokens
         if self.packed:
-            return int(self.offsets[i]) // self.dtype.itemsize
+            return self._numbers(self.header.offsets_at, "<i8", [i])[0] // self.dtype.itemsize
         return int(self._ends[i - 1]) if i else 0
 
-    def _bad_entry(self, i: int) -> UserError:
-        offset, length = int(self.offsets[i]), int(self.lengths[i])
-        return UserError(f"{self.idx_path} places sequence {i} of {self.num_sequences} ({length} tokens of "
-                         f"{self.dtype.itemsize} bytes) at byte {offset}, which does not fit {self.bin_path} "
-                         f"of {len(self._bin)} bytes; one of the two is cut short or damaged: rebuild "
+    def _numbers(self, column: int, dtype: str, at: list[int]) -> list[int]:
+        """Single numbers of the column that begins at this byte of the index."""
+        size = np.dtype(dtype).itemsize
+        found = self.idx.sample([(column + i * size, size) for i in at])
+        return [int(number.view(dtype)[0]) for number in found]
+
+    def _fits(self, offset: int, length: int) -> bool:
+        return 0 <= offset and 0 <= length and offset + length * self.dtype.itemsize <= self.bin.size
+
+    def _bad_entry(self, i: int, offset: int, length: int) -> UserError:
+        return UserError(f"{self.idx.name} places sequence {i} of {self.num_sequences} ({length} tokens of "
+                         f"{self.dtype.itemsize} bytes) at byte {offset}, which does not fit {self.bin.name} "
+                         f"of {self.bin.size} bytes; one of the two is cut short or damaged: rebuild "
                          "or copy it again")
+
+
+def open_pair(prefix: str, cache: StrPath | None = None, cache_bytes: int = CACHE_BYTES) -> tuple[Storage, Storage]:
+    """The `.idx` and the `.bin` of a prefix, opened and not looked into."""
+    if is_remote(prefix):
+        blocks = BlockCache(cache, cache_bytes)
+        return RemoteFile(prefix + ".idx", blocks), RemoteFile(prefix + ".bin", blocks)
+    prefix = prefix.removeprefix("file://")
+    hint = "; give the common path of the .bin and .idx files, without the ending"
+    return LocalFile(prefix + ".idx", hint), LocalFile(prefix + ".bin", hint)
+
+
+def _last_at_most(column: Any, value: int) -> int:
+    """The last entry of an ascending column that is not above `value`."""
+    if isinstance(column, RemoteColumn):
+        return column.searchsorted(value, "right") - 1
+    return bisect_right(column, value) - 1
 
 
 class IndexedWriter:
@@ -247,43 +323,41 @@ class IndexedWriter:
     exception.
 
     One document is one sequence, as Megatron's preprocessing lays it without sentence splitting; an empty
-    document adds a boundary but no sequence. Memory: 12 bytes per document. The `.idx` comes last, so a pair
+    document adds a boundary but no sequence. Memory does not grow with the corpus. The `.idx` comes last, so a pair
     with an `.idx` is a whole pair; an earlier pair of that name stays until the new one is complete.
     """
 
     def __init__(self, prefix: StrPath, dtype: npt.DTypeLike) -> None:
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in CODES:
-            raise UserError(f"token files cannot hold {self.dtype.name}; one of "
-                            f"{', '.join(d.name for d in CODES)} is needed")
-        self.prefix = os.fspath(prefix)
-        self.idx_path, self.bin_path = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
-        self.num_tokens = 0
-        self._limits = np.iinfo(self.dtype)
-        self._lengths, self._boundaries = array("i"), array("q", [0])
-        self._open_length = 0
-        self._idx_temporary = temporary_name(self.idx_path)
-        self._bin_temporary = temporary_name(self.bin_path)
+        self._pair = PairWriter(prefix, dtype)
+        self.dtype, self.prefix = self._pair.dtype, self._pair.prefix
+        self.idx_path: Path = self._pair.idx_path
+        self.bin_path: Path = self._pair.bin_path
+        self._lengths, self._boundaries = array("i"), array("q")
+        self._num_sequences = self._open_length = 0
+        self.num_documents = 0
 
     @property
-    def num_documents(self) -> int:
-        """Documents closed so far."""
-        return len(self._boundaries) - 1
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return self._pair.num_tokens
 
     def __enter__(self) -> Self:
-        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._bin_temporary, "xb", buffering=1 << 20)  # noqa: SIM115
+        self._pair.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._commit()
-        finally:
-            self._file.close()
-            self._bin_temporary.unlink(missing_ok=True)
-            self._idx_temporary.unlink(missing_ok=True)
+                if self._open_length:
+                    raise RuntimeError(f"{self.bin_path}: the last document was not closed with end_document()")
+                self._spool()
+                self._pair.finish()
+                self._pair.commit()
+        except BaseException as failure:
+            self._pair.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._pair.__exit__(kind, error, trace)
 
     def add_document(self, tokens: Sequence[int] | Tokens) -> None:
         """Add one document, possibly empty. UserError if an id does not fit the dtype."""
@@ -298,59 +372,28 @@ class IndexedWriter:
         if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
             raise UserError(f"a document must be a flat list of integers, "
                             f"not {values.dtype} {list(values.shape)}")
-        low, high = int(values.min()), int(values.max())
-        if low < self._limits.min or high > self._limits.max:
-            worst = low if low < self._limits.min else high
-            raise UserError(f"token id {worst} does not fit {self.dtype.name} of {self.bin_path} "
-                            f" ({self._limits.min} to {self._limits.max})")
         length = self._open_length + len(values)
-        if length > 2**31 - 1:
+        if length > MAX_LENGTH:
             raise UserError(f"document {self.num_documents} has {length} tokens or more; the format holds at "
-                            f"most {2**31 - 1} in one document: split it")
-        self._file.write(values.astype(self.dtype).tobytes())
+                            f"most {MAX_LENGTH} in one sequence: split it")
+        self._pair.write(values)
         self._open_length = length
-        self.num_tokens += len(values)
 
     def end_document(self) -> None:
         """Close the open document: a sequence if it has tokens, and a boundary in any case."""
         if self._open_length:
             self._lengths.append(self._open_length)
+            self._num_sequences += 1
             self._open_length = 0
-        self._boundaries.append(len(self._lengths))
+        self._boundaries.append(self._num_sequences)
+        self.num_documents += 1
+        if len(self._boundaries) >= _PENDING:
+            self._spool()
 
-    def _commit(self) -> None:
-        if self._open_length:
-            raise RuntimeError(f"{self.bin_path}: the last document was not closed with end_document()")
-        _flush_to_disk(self._file)
-        with open(self._idx_temporary, "xb", buffering=1 << 20) as file:
-            sequences, boundaries = len(self._lengths), len(self._boundaries)
-            file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], sequences, boundaries))
-            lengths = np.frombuffer(self._lengths, np.int32)
-            file.write(lengths.astype("<i4", copy=False).data)
-            at = 0
-            for start in range(0, len(lengths), _CHUNK):
-                sizes = lengths[start:start + _CHUNK].astype(np.int64) * self.dtype.itemsize
-                ends = at + np.cumsum(sizes)
-                file.write((ends - sizes).astype("<i8").tobytes())
-                at = int(ends[-1])
-            file.write(np.frombuffer(self._boundaries, np.int64).astype("<i8", copy=False).data)
-            _flush_to_disk(file)
-        # An old index must never describe the new tokens, not even between the two renames.
-        self.idx_path.unlink(missing_ok=True)
-        os.replace(self._bin_temporary, self.bin_path)
-        os.replace(self._idx_temporary, self.idx_path)
-        sync_folder(self.idx_path.parent)
+    def _spool(self) -> None:
+        self._pair.add_sequences(np.array(self._lengths, np.int32))
+        self._pair.add_boundaries(np.array(self._boundaries, np.int64))
+        del self._lengths[:], self._boundaries[:]
 
 
-def _flush_to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _map_file(path: Path) -> npt.NDArray[np.uint8]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give the common path of the .bin and .idx files, "
-                        "without the ending")
-    if path.stat().st_size == 0:
-        return np.empty(0, np.uint8)  # an empty file cannot be mapped
-    return np.asarray(np.memmap(path, np.uint8, mode="r"))
+__all__ = ["CODES", "IndexedReader", "IndexedWriter", "Tokens", "best_dtype", "open_pair"]

@@ -1,9 +1,10 @@
 """Data order as arithmetic: splits, keyed permutations and the place of every sample, with nothing built or
-stored."""
+stored. docs/data-order.md works an example."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -18,6 +19,8 @@ SPLITS = ("train", "valid", "test")
 Int64 = npt.NDArray[np.int64]
 _UInt64 = npt.NDArray[np.uint64]
 _ROUNDS = 8
+_BLOCK = 1 << 14  # indices permuted at a time: they and their temporaries stay in a core's cache
+_LARGEST = 2**63 - 1
 
 
 def derive_key(*parts: int | str) -> int:
@@ -48,29 +51,33 @@ class KeyedPermutation:
         self._low_mask = np.uint64((1 << ((bits + 1) // 2)) - 1)
         self._high_mask = np.uint64((1 << (bits // 2)) - 1)
         counters = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        self._keys = _mix(counters + np.uint64(key & (2**64 - 1)))
+        self._keys = mix(counters + np.uint64(key & (2**64 - 1)))
 
     def __call__(self, indices: npt.NDArray[np.integer[Any]]) -> Int64:
         """Map indices in [0, n), of any shape, to int64 of the same shape. IndexError outside [0, n)."""
         given = np.asarray(indices)
         if given.size and (int(given.min()) < 0 or int(given.max()) >= self.n):
             raise IndexError(f"indices {int(given.min())} to {int(given.max())} outside [0, {self.n})")
-        values = self._pass(given.ravel().astype(np.uint64))
-        outside = values >= self.n
-        while outside.any():
-            values[outside] = self._pass(values[outside])
-            outside = values >= self.n
-        return values.astype(np.int64).reshape(given.shape)
+        flat = given.ravel()
+        image = np.empty(flat.shape, np.int64)
+        for start in range(0, len(flat), _BLOCK):
+            values = self._pass(flat[start:start + _BLOCK].astype(np.uint64))
+            outside = np.flatnonzero(values >= self.n)
+            while len(outside):
+                values[outside] = again = self._pass(values[outside])
+                outside = outside[again >= self.n]
+            image[start:start + _BLOCK] = values
+        return image.reshape(given.shape)
 
     def _pass(self, values: _UInt64) -> _UInt64:
         low, high = values & self._low_mask, values >> self._low_bits
         for k in range(0, _ROUNDS, 2):
-            high = high ^ (_mix(low + self._keys[k]) & self._high_mask)
-            low = low ^ (_mix(high + self._keys[k + 1]) & self._low_mask)
+            high = high ^ (mix(low + self._keys[k]) & self._high_mask)
+            low = low ^ (mix(high + self._keys[k + 1]) & self._low_mask)
         return (high << self._low_bits) | low
 
 
-def _mix(values: _UInt64) -> _UInt64:
+def mix(values: _UInt64) -> _UInt64:
     """The splitmix64 finaliser: a bijection of 64-bit integers in which every input bit moves every output
     bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -81,68 +88,140 @@ def _mix(values: _UInt64) -> _UInt64:
 class SampleOrder:
     """Training order: which tokens sample s reads, a pure function of (num_tokens, sequence, seed, identity).
 
-    The stream of `num_tokens` tokens is read as a ring. In epoch e the ring is cut at offset(e), offset(e) +
-    sequence, ..., into num_tokens // sequence samples, and the samples are shuffled by a permutation keyed
-    with e. A sample reads sequence + 1 tokens, sharing one with its successor on the ring, so within an epoch
-    every token is predicted at most once, and exactly once but for the last `num_tokens % sequence` tokens in
-    front of the cut, fewer than one sample; as the offset changes with the epoch, so does this gap. At most
-    one sample per epoch runs over the end of the stream and goes on at its start. Every epoch has the same
-    number of samples.
+    The `num_tokens` tokens form a ring that is read over and over: an endless stream, cut every `sequence`
+    tokens without a gap. The sample cut at stream position p reads the sequence + 1 tokens from p and predicts
+    those at p + 1, ..., p + sequence, so the samples' labels cover the stream exactly once. Epoch e owns the
+    samples whose cut lies in [e * num_tokens, (e + 1) * num_tokens), floor or ceil of num_tokens / sequence
+    of them, and permutes them among themselves. An epoch's last sample may run on into the next reading of the
+    ring, whose first cut then comes later: the cuts move through the ring from epoch to epoch by themselves.
+
+    Where the ring begins is drawn from the seed. After sequence / gcd(num_tokens, sequence) epochs the cuts
+    fall on the ring's beginning again; from there on another beginning is drawn, so that the cuts move even
+    where `sequence` divides `num_tokens`.
 
     `identity` (a fingerprint or name) keeps apart the orders of data sets that share a seed; `label` only
-    says in errors which data is meant. UserError if num_tokens < sequence + 1.
+    says in errors which data is meant. UserError if num_tokens < sequence + 1, or if a sample's place in the
+    stream does not fit 63 bits.
     """
 
-    kind = "arithmetic-1"
+    kind = "arithmetic-2"
 
     def __init__(self, num_tokens: int, sequence: int, seed: int, identity: str = "",
                  label: str = "") -> None:
         _check_enough(num_tokens, sequence, label)
+        if num_tokens > _LARGEST // 4:
+            raise UserError(f"{num_tokens} tokens{_where(label)} are too many; at most {_LARGEST // 4} are possible")
         self.num_tokens, self.sequence, self.seed, self.identity = num_tokens, sequence, seed, identity
-        self.samples_per_epoch = num_tokens // sequence
+        self._round = sequence // math.gcd(num_tokens, sequence)  # epochs until the cuts meet the ring's beginning
+        self._last = (_LARGEST - 2 * num_tokens) // sequence
 
-    def offset(self, epoch: int) -> int:
-        """Where epoch `epoch` makes its first cut: a token position in [0, sequence)."""
-        return derive_key("offset", self.seed, self.identity, epoch) % self.sequence
+    def first_sample(self, epoch: int) -> int:
+        """The number of epoch `epoch`'s first sample: how many samples all epochs before it have."""
+        return -(-epoch * self.num_tokens // self.sequence)
+
+    def samples_in_epoch(self, epoch: int) -> int:
+        """num_tokens / sequence, rounded down or up."""
+        return self.first_sample(epoch + 1) - self.first_sample(epoch)
+
+    def epoch_of(self, sample_ids: npt.NDArray[np.integer[Any]]) -> Int64:
+        """The epochs of samples [n]. IndexError below sample 0; UserError past 63 bits."""
+        ids = _from_zero(sample_ids)
+        if ids.size and int(ids.max()) > self._last:
+            raise UserError(f"sample {int(ids.max())} of {self.sequence} tokens lies too far out; the last one whose "
+                            f"place fits 63 bits is {self._last}")
+        return ids * self.sequence // self.num_tokens
 
     def starts(self, sample_ids: npt.NDArray[np.integer[Any]]) -> tuple[Int64, Int64]:
         """(epochs, starts) of samples [n], numbered from 0 across all epochs; a start is in [0, num_tokens).
 
         A sample's tokens are start, start + 1, ..., start + sequence, modulo num_tokens.
         """
-        ids = np.asarray(sample_ids, dtype=np.int64)
-        if ids.size and int(ids.min()) < 0:
-            raise IndexError(f"sample {int(ids.min())}: samples are numbered from 0")
-        epochs, within = np.divmod(ids, self.samples_per_epoch)
+        ids = _from_zero(sample_ids)
+        epochs = self.epoch_of(ids)
         starts = np.empty_like(ids)
         for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
+            first = self.first_sample(epoch)
             key = derive_key("shuffle", self.seed, self.identity, epoch)
-            shuffle = KeyedPermutation(self.samples_per_epoch, key)
-            starts[chosen] = (self.offset(epoch) + shuffle(within[chosen]) * self.sequence) % self.num_tokens
+            within = KeyedPermutation(self.samples_in_epoch(epoch), key)(ids[chosen] - first)
+            cuts = (first + within) * self.sequence - epoch * self.num_tokens
+            starts[chosen] = (cuts + self._beginning(epoch)) % self.num_tokens
         return epochs, starts
+
+    def lengths(self, sample_ids: npt.NDArray[np.integer[Any]]) -> Int64:
+        """How many tokens samples [n] predict: `sequence`, all of them."""
+        return np.full(np.shape(sample_ids), self.sequence, np.int64)
+
+    def _beginning(self, epoch: int) -> int:
+        return derive_key("beginning", self.seed, self.identity, epoch // self._round) % self.num_tokens
+
+
+class ItemOrder:
+    """Training order over `num_items` whole items (packed bins, rows): every epoch is all of them, permuted.
+
+    Item ids are a pure function of (num_items, seed, identity). UserError if there is no item.
+    """
+
+    kind = "items-1"
+
+    def __init__(self, num_items: int, seed: int, identity: str = "", label: str = "") -> None:
+        if num_items < 1:
+            raise UserError(f"there is nothing to train on{_where(label)}: {num_items} samples; "
+                            "at least 1 is needed")
+        self.num_items, self.seed, self.identity = num_items, seed, identity
+
+    def first_sample(self, epoch: int) -> int:
+        """The number of epoch `epoch`'s first sample."""
+        return epoch * self.num_items
+
+    def samples_in_epoch(self, epoch: int) -> int:
+        """`num_items`, in every epoch."""
+        return self.num_items
+
+    def epoch_of(self, sample_ids: npt.NDArray[np.integer[Any]]) -> Int64:
+        """The epochs of samples [n]. IndexError below sample 0."""
+        return _from_zero(sample_ids) // self.num_items
+
+    def items(self, sample_ids: npt.NDArray[np.integer[Any]]) -> tuple[Int64, Int64]:
+        """(epochs, items) of samples [n], numbered from 0 across all epochs; an item is in [0, num_items)."""
+        ids = _from_zero(sample_ids)
+        epochs, within = np.divmod(ids, self.num_items)
+        items = np.empty_like(ids)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            key = derive_key("items", self.seed, self.identity, epoch)
+            items[chosen] = KeyedPermutation(self.num_items, key)(within[chosen])
+        return epochs, items
 
 
 class SequentialOrder:
-    """Evaluation order: sample s reads the sequence + 1 tokens from s * sequence; one epoch, no ring.
+    """Evaluation order: sample s reads on from token s * sequence; one epoch, no ring.
 
-    The last (num_tokens - 1) % sequence tokens of the stream are left out. UserError if num_tokens < sequence
-    + 1.
+    Every token but the first is predicted exactly once: the last sample takes what is left and may be
+    shorter. UserError if num_tokens < 2.
     """
 
-    kind = "sequential"
+    kind = "sequential-2"
 
     def __init__(self, num_tokens: int, sequence: int, label: str = "") -> None:
-        _check_enough(num_tokens, sequence, label)
+        _check_sequence(sequence)
+        if num_tokens < 2:
+            raise UserError(f"{num_tokens} tokens{_where(label)} are too few to evaluate; there must be one to predict "
+                            "and one to predict it from")
         self.num_tokens, self.sequence = num_tokens, sequence
-        self.samples_per_epoch = (num_tokens - 1) // sequence
+        self.num_samples = -(-(num_tokens - 1) // sequence)
 
     def starts(self, sample_ids: npt.NDArray[np.integer[Any]]) -> tuple[Int64, Int64]:
-        """(epochs, starts) of samples [n]; all epochs are 0. IndexError outside [0, samples_per_epoch)."""
-        ids = np.asarray(sample_ids, dtype=np.int64)
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.samples_per_epoch):
-            raise IndexError(f"samples {int(ids.min())} to {int(ids.max())} of {self.samples_per_epoch}")
+        """(epochs, starts) of samples [n]; all epochs are 0. IndexError outside [0, num_samples)."""
+        ids = _from_zero(sample_ids)
+        if ids.size and int(ids.max()) >= self.num_samples:
+            raise IndexError(f"sample {int(ids.max())} of {self.num_samples}")
         return np.zeros_like(ids), ids * self.sequence
+
+    def lengths(self, sample_ids: npt.NDArray[np.integer[Any]]) -> Int64:
+        """How many tokens samples [n] predict, from length + 1 tokens each: `sequence`, or fewer for the last."""
+        _, starts = self.starts(sample_ids)
+        return np.minimum(self.num_tokens - 1 - starts, self.sequence)
 
 
 def split_ranges(split: str, num_sequences: int,
@@ -178,10 +257,24 @@ def split_ranges(split: str, num_sequences: int,
     return ranges
 
 
-def _check_enough(num_tokens: int, sequence: int, label: str) -> None:
+def _from_zero(sample_ids: npt.NDArray[np.integer[Any]]) -> Int64:
+    ids = np.asarray(sample_ids, dtype=np.int64)
+    if ids.size and int(ids.min()) < 0:
+        raise IndexError(f"sample {int(ids.min())}: samples are numbered from 0")
+    return ids
+
+
+def _where(label: str) -> str:
+    return f" in {label}" if label else ""
+
+
+def _check_sequence(sequence: int) -> None:
     if sequence < 1:
         raise UserError(f"a sequence length of {sequence} is not possible; it must be 1 or more")
+
+
+def _check_enough(num_tokens: int, sequence: int, label: str) -> None:
+    _check_sequence(sequence)
     if num_tokens < sequence + 1:
-        where = f" in {label}" if label else ""
-        raise UserError(f"{num_tokens} tokens{where} are too few for one sample of {sequence} + 1 tokens; "
+        raise UserError(f"{num_tokens} tokens{_where(label)} are too few for one sample of {sequence} + 1 tokens; "
                         f"the longest possible sequence is {max(num_tokens - 1, 0)}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megapt.data import indexed, pair_writer
 from megapt.data.indexed import CODES, IndexedReader, IndexedWriter, best_dtype
 from megapt.errors import UserError
 
@@ -73,7 +75,7 @@ def test_reader_gives_back_what_the_description_says(tmp_path: Path) -> None:
     reader.verify()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(documents=st.lists(st.lists(st.integers(-2**31, 2**31 - 1), max_size=9), max_size=40))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]) -> None:
     prefix = tmp_path_factory.mktemp("round") / "d"
@@ -101,6 +103,30 @@ def test_index_that_is_not_packed_reads_in_index_order(tmp_path: Path) -> None:
     reader.verify()
 
 
+def test_documents_and_the_sequences_and_tokens_in_them(tmp_path: Path) -> None:
+    """Empty documents hold nothing, and empty sequences are passed over, in both kinds of index."""
+    sequences = [[1, 2, 3], [], [4, 5], [6]]
+    write_by_hand(tmp_path / "d", sequences, [0, 0, 2, 2, 3, 4, 4])
+    write_by_hand(tmp_path / "turned", sequences, [0, 0, 2, 2, 3, 4, 4], order=[3, 1, 2, 0])
+    for name, holders in (("d", [0, 0, 0, 2, 2, 3]), ("turned", [0, 2, 2, 3, 3, 3])):
+        reader = IndexedReader(tmp_path / name)
+        assert [reader.document(d) for d in range(6)] == [(0, 0), (0, 2), (2, 2), (2, 3), (3, 4), (4, 4)]
+        assert [reader.sequence_at(token) for token in range(6)] == holders
+        assert [reader.document_at(i) for i in range(4)] == [1, 1, 3, 4]
+        for call, bad in ((reader.document, 6), (reader.sequence_at, 6), (reader.document_at, 4)):
+            for i in (-1, bad):
+                with pytest.raises(IndexError):
+                    call(i)
+
+
+def test_views_are_of_the_file(tmp_path: Path) -> None:
+    write_documents(tmp_path / "d", DOCUMENTS)
+    reader = IndexedReader(tmp_path / "d")
+    whole = reader.bin.read(0, reader.bin.size)
+    for view in (reader.tokens(2, 5), reader.sequence(2)):
+        assert np.shares_memory(view, whole) and not view.flags.writeable
+
+
 def test_positions_outside_are_refused(tmp_path: Path) -> None:
     write_documents(tmp_path / "d", DOCUMENTS)
     reader = IndexedReader(tmp_path / "d")
@@ -120,6 +146,7 @@ def test_truncated_at_every_length(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"d.{ending}"
     whole = path.read_bytes()
     for length in range(len(whole)):
+        path.unlink()  # a file cut to nothing is flushed when it is closed
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match="d.(bin|idx)"):
             IndexedReader(tmp_path / "d")
@@ -137,6 +164,7 @@ def test_no_flipped_index_byte_leads_out_of_the_files(tmp_path: Path) -> None:
     refused = 0
     for at in range(len(whole)):
         for flip in (0x01, 0x80, 0xFF):
+            path.unlink()
             path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1:])
             try:
                 reader = IndexedReader(tmp_path / "d")
@@ -188,6 +216,8 @@ def test_damage_between_the_probes_is_found_by_verify_and_never_read(tmp_path: P
         reader.sequence(500)
     with pytest.raises(UserError, match="would span"):
         reader.token_range(500, 600)
+    with pytest.raises(UserError, match="sequence 500 of 1000"):
+        list(reader.entries(0, count))
 
 
 def test_bad_offsets_of_an_index_that_is_not_packed(tmp_path: Path) -> None:
@@ -217,6 +247,18 @@ def test_multimodal_and_missing_files(tmp_path: Path) -> None:
         IndexedReader(tmp_path / "d.bin")
 
 
+def test_modes_are_read_by_who_is_told_of_them(tmp_path: Path) -> None:
+    write_by_hand(tmp_path / "d", [[1], [2, 3], [4]], [0, 1, 3])
+    with pytest.raises(UserError, match="modes"):
+        IndexedReader(tmp_path / "d", multimodal=True)
+    with open(tmp_path / "d.idx", "ab") as file:
+        file.write(bytes([0, 1, 255]))
+    reader = IndexedReader(tmp_path / "d", multimodal=True)
+    assert reader.modes is not None and reader.modes.tolist() == [0, 1, -1]
+    assert reader.tokens(0, 4).tolist() == [1, 2, 3, 4]
+    reader.verify()
+
+
 def test_empty_corpus(tmp_path: Path) -> None:
     write_documents(tmp_path / "d", [])
     reader = IndexedReader(tmp_path / "d")
@@ -225,26 +267,22 @@ def test_empty_corpus(tmp_path: Path) -> None:
     reader.verify()
 
 
-def test_positions_beyond_32_bits(tmp_path: Path) -> None:
-    """A sparse file of 3 * (2^31 - 1) tokens of 4 bytes, 24 GiB that take no room."""
-    long = 2**31 - 1
-    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 3, 4) + struct.pack("<3i", *[long] * 3)
-    index += struct.pack("<3q", 0, 4 * long, 8 * long) + struct.pack("<4q", 0, 1, 2, 3)
-    (tmp_path / "d.idx").write_bytes(index)
-    with open(tmp_path / "d.bin", "wb") as file:
-        try:
-            file.truncate(12 * long)
-        except OSError:
-            pytest.skip("the file system has no sparse files of this size")
-        for token in (long, 3 * long - 1):
-            file.seek(4 * token)
-            file.write(struct.pack("<i", token % 1009))
+def test_fingerprint_is_that_of_the_description(tmp_path: Path) -> None:
+    """Runs remember it: sizes and 64 evenly spread blocks of 4 KiB of the .idx and the .bin, whole if small."""
+    write_documents(tmp_path / "d", np.arange(300_000).reshape(300, 1000).tolist(), "i4")
+    digest = hashlib.blake2b(digest_size=16)
+    small, large = ((tmp_path / f"d.{ending}").read_bytes() for ending in ("idx", "bin"))
+    assert len(small) < 64 * 4096 < len(large)
+    digest.update(struct.pack("<Q", len(small)) + small + struct.pack("<Q", len(large)))
+    for k in range(64):
+        start = (len(large) - 4096) * k // 63
+        digest.update(large[start:start + 4096])
     reader = IndexedReader(tmp_path / "d")
-    assert reader.num_tokens == 3 * long
-    assert reader.tokens(3 * long - 2, 2).tolist() == [0, (3 * long - 1) % 1009]
-    assert int(reader.sequence(1)[0]) == long % 1009
-    assert reader.token_range(1, 3) == (long, 3 * long)
-    assert len(reader.fingerprint()) == 32
+    assert reader.fingerprint() == digest.hexdigest()
+    told: list[int] = []
+    assert reader.full_hash(told.append) == {"bin": hashlib.sha256(large).hexdigest(),
+                                             "idx": hashlib.sha256(small).hexdigest()}
+    assert sum(told) == len(small) + len(large)
 
 
 def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
@@ -296,6 +334,17 @@ def test_nothing_under_the_final_name_before_the_end(tmp_path: Path) -> None:
         writer.add_document([1])
         assert not {"d.bin", "d.idx"} & set(os.listdir(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["d.bin", "d.idx"]
+
+
+def test_more_documents_than_the_writer_holds_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "_PENDING", 7)
+    monkeypatch.setattr(pair_writer, "_CHUNK", 3)
+    documents = [[i] * (i % 4) for i in range(50)]
+    write_documents(tmp_path / "d", documents)
+    write_by_hand(tmp_path / "e", [d for d in documents if d],
+                  [0, *itertools.accumulate(bool(d) for d in documents)])
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"d.{ending}").read_bytes() == (tmp_path / f"e.{ending}").read_bytes()
 
 
 def test_document_in_pieces(tmp_path: Path) -> None:
