@@ -30,7 +30,12 @@ setup(
     python_requires=constant("megapt/doctor.py", "PYTHON"),
     install_requires=list(constant("megapt/doctor.py", "REQUIREMENTS")),
     extras_require={
+        # Inputs of `megapt data build` in .zst and .parquet, and token files behind http.
+        "data": ["zstandard", "pyarrow", "aiohttp"],
         "test": [
+            "zstandard",
+            "pyarrow",
+            "aiohttp",
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",

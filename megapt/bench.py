@@ -42,6 +42,13 @@ class RandomTokens:
             [np.random.default_rng(int(i)).integers(0, self.vocabulary, self.sequence + 1) for i in ids]
         )
 
+    def fill(
+        self, ids: npt.NDArray[np.integer[Any]], tokens: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
+    ) -> None:
+        """As CompositeDataset.fill: tokens and labels are int64 [n, sequence]."""
+        rows = self.sample(ids)
+        tokens[...], labels[...] = rows[:, :-1], rows[:, 1:]
+
     def loss_tokens(self, ids: npt.NDArray[np.integer[Any]]) -> int:
         return len(ids) * self.sequence
 
@@ -108,7 +115,7 @@ def endless_steps(engine: Engine) -> Iterator[None]:
     device, dp = engine.mesh.device, engine.mesh.dp
     tokens = RandomTokens(config.model.vocabulary, config.batch.sequence)
     schedule = BatchSchedule(config.batch.global_samples, None)
-    with StepLoader(tokens, schedule, config.batch.micro, dp.rank, dp.size, config.model.vocabulary) as loader:
+    with StepLoader(tokens, schedule, config.batch.micro, dp.rank, dp.size) as loader:
         for step in count():
             engine.train_step(loader.step(step), config.optimizer.lr)
             _wait(device)

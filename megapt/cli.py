@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megapt.commands import data, data_show, schedule, tokenize
+from megapt.commands.collectives import collectives
+from megapt.commands.prove import prove
 from megapt.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,13 +27,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
-tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
-data_app = typer.Typer(help="Turn text into token files, and look at them.", no_args_is_help=True)
 convert_app = typer.Typer(help="Export checkpoints to other formats.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-app.add_typer(tokenizer_app, name="tokenizer")
-app.add_typer(data_app, name="data")
+app.add_typer(tokenize.tokenizer_app, name="tokenizer")
+app.add_typer(data.app, name="data")
+data.app.command("build")(tokenize.build)
+data.app.command("show")(data_show.show)
+app.add_typer(schedule.app, name="schedule")
+app.command()(prove)
+app.command()(collectives)
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 
@@ -39,10 +45,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's, by dotted key."),
 ]
-Inputs = Annotated[
-    list[Path], typer.Argument(metavar="INPUT...", help="Text files, .jsonl files, or folders of them.")
-]
-TextKey = Annotated[str, typer.Option(help="Key of the text in .jsonl files.")]
 Checkpoint = Annotated[
     Path,
     typer.Argument(metavar="CHECKPOINT", help="A run folder, its checkpoints folder, or one step's folder."),
@@ -50,11 +52,6 @@ Checkpoint = Annotated[
 Tokenizer = Annotated[
     str | None, typer.Option(help="Tokenizer file; default: the one the run's config names.")
 ]
-
-
-class TokenizerKind(StrEnum):
-    bpe = "bpe"
-    unigram = "unigram"
 
 
 class ExportDtype(StrEnum):
@@ -86,84 +83,6 @@ def pretrain(
 ) -> None:
     """Train in this process alone; for several ranks use launch/pretrain.sh."""
     raise typer.Exit(_pretrain_rank(["--config", str(config), *(overrides or [])]))
-
-
-@tokenizer_app.command("train")
-def tokenizer_train(
-    inputs: Inputs,
-    vocabulary: Annotated[int, typer.Option(min=1, help="Number of tokens, special ones included.")],
-    output: Annotated[Path, typer.Option(help="File to write: .json for bpe, .model for unigram.")],
-    kind: Annotated[
-        TokenizerKind, typer.Option(help="Byte-level BPE, or SentencePiece's unigram.")
-    ] = TokenizerKind.bpe,
-    text_key: TextKey = "text",
-) -> None:
-    """Train a tokenizer on text."""
-    from megapt.data import tokenizers
-
-    train = tokenizers.train_bpe if kind is TokenizerKind.bpe else tokenizers.train_sentencepiece
-    trained = train(_texts(inputs, text_key), vocabulary, output)
-    typer.echo(f"{output}: {trained.vocabulary:,} tokens")
-
-
-@data_app.command("build")
-def data_build(
-    inputs: Inputs,
-    output: Annotated[Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
-    tokenizer: Annotated[
-        str, typer.Option(help='A tokenizer.json, a SentencePiece .model, a folder with one, or "bytes".')
-    ],
-    text_key: TextKey = "text",
-    append_eod: Annotated[
-        bool, typer.Option(help="End every document with the end-of-document token.")
-    ] = True,
-    eod: Annotated[
-        str | None, typer.Option(help="The end-of-document token; default: what the tokenizer says.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
-) -> None:
-    """Tokenize text into a .bin/.idx pair."""
-    from megapt.data.build import build
-
-    report = build(
-        inputs,
-        output,
-        tokenizer,
-        text_key=text_key,
-        append_eod=append_eod,
-        workers=workers,
-        overwrite=overwrite,
-        eod=eod,
-    )
-    typer.echo(
-        f"{output}.bin, {output}.idx: {report.documents:,} documents, {report.tokens:,} tokens from "
-        f"{report.bytes:,} bytes in {report.files:,} files, {report.seconds:.1f} s"
-    )
-    if report.skipped:
-        typer.echo(f"{report.skipped:,} binary files were passed over", err=True)
-    if report.replaced:
-        typer.echo(f"{report.replaced:,} invalid characters became U+FFFD", err=True)
-
-
-@data_app.command("inspect")
-def data_inspect(
-    prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="The pair's name without .bin.")],
-) -> None:
-    """Print what a .bin/.idx pair holds."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from megapt.data.indexed import IndexedReader
-
-    reader = IndexedReader(prefix)
-    table = Table(title=str(prefix), show_header=False)
-    table.add_row("documents", f"{reader.num_documents:,}")
-    table.add_row("sequences", f"{reader.num_sequences:,}")
-    table.add_row("tokens", f"{reader.num_tokens:,}")
-    table.add_row("dtype", str(reader.dtype))
-    table.add_row("fingerprint", reader.fingerprint())
-    Console().print(table)
 
 
 @convert_app.command("to-hf")
@@ -273,18 +192,6 @@ def pretrain_script(script: str, arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _texts(inputs: Sequence[Path], text_key: str) -> Iterator[str]:
-    """The texts of files and folders, long documents in parts."""
-    from megapt.data.pieces import list_files, read_parts, work_items
-
-    files, _ = list_files(inputs)
-    if not files:
-        raise UserError(f"no text files in {', '.join(map(str, inputs))}")
-    for item in work_items(files):
-        for piece in item:
-            yield from (part.text for part in read_parts(piece, text_key)[0])
 
 
 def _prepare() -> RankEnvironment:

@@ -68,6 +68,7 @@ class ModelConfig(Section):
     rope_scaling: RopeScaling | None = None
     bias: Literal["none", "qkv", "all"] = "none"
     tied_embeddings: bool = False
+    attention: Literal["causal", "bidirectional"] = "causal"
     logit_softcap: Positive | None = Field(None, description="logits become cap x tanh(logits / cap)")
     init_std: Positive = 0.02
 

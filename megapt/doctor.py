@@ -30,6 +30,7 @@ REQUIREMENTS = (
     "matplotlib",
     "packaging",
     "psutil",
+    "fsspec",
 )
 ISA_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 

@@ -38,6 +38,10 @@ def generate(
     """
     environment, device = join()
     config = inference_config(checkpoint, environment.world, parallel)
+    if config.objective == "masked_lm":
+        raise UserError(
+            f"{checkpoint} was trained to fill in masked tokens (objective = masked_lm), not to go on with a text"
+        )
     named = tokenizer or config.data.tokenizer
     if named is None:
         raise UserError(f"the config of {checkpoint} names no tokenizer; name one with --tokenizer")
@@ -45,6 +49,10 @@ def generate(
     engine = load_engine(checkpoint, config, environment.world, device)
     results = []
     for number, prompt in enumerate(prompts):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {number + 1} is not valid UTF-8: {prompt!r}") from None
         ids = text.encode(prompt) or [text.eod or 0]
         if max(ids) >= config.model.vocabulary:
             raise UserError(
@@ -64,6 +72,7 @@ def inference_config(checkpoint: str | Path, world: int = 1, parallel: dict[str,
     """
     trained = checkpoints.read_index(checkpoint).meta["config"]
     tree = {
+        "objective": trained["objective"],
         "precision": "fp64" if trained["precision"] == "fp64" else "fp32",
         "model": trained["model"],
         "parallel": parallel or {},
@@ -131,7 +140,7 @@ def parse_parallel(options: Sequence[str]) -> dict[str, Any]:
     section: dict[str, Any] = {}
     for option in options:
         name, _, value = option.partition("=")
-        if name not in ("tensor", "pipeline") or not value.isdigit():
+        if name not in ("tensor", "pipeline") or not (value.isascii() and value.isdigit()):
             raise UserError(f"{option!r}: give the layout as tensor=N and pipeline=N")
         section[name] = int(value)
     return section

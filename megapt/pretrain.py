@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from megapt.config import Config, Loaded, dump, load
 from megapt.data.batches import BatchSchedule
-from megapt.data.dataset import TokenDataset
+from megapt.data.composite import CompositeDataset
+from megapt.data.open import ValidationSet, open_train, open_valid, schedule
 from megapt.data.receipt import Receipt
 from megapt.errors import UserError
+from megapt.files import write_whole
 from megapt.launcher import RankEnvironment, rank_environment
 from megapt.lr import LearningRate
 from megapt.rules import check_world
@@ -38,14 +39,27 @@ def main(arguments: Sequence[str]) -> int:
     environment = rank_environment(dict(os.environ))
     try:
         loaded = _parse(arguments)
-        check_world(loaded.config, environment.world)
+        data = check_world(loaded.config, environment.world)
         plan = RunPlan.of(loaded.config)
+        _check_device(loaded.config, data, environment)
     except UserError:
         if environment.local_rank == 0:
             raise
         time.sleep(10)  # the same on every rank of this machine: one of them says it, and the launcher ends the rest
         return 2
     return _join_and_train(loaded, plan, environment)
+
+
+def _check_device(config: Config, data: int, environment: RankEnvironment) -> None:
+    """UserError where this machine cannot do what the config asks of it."""
+    from megapt.distributed import device_of
+    from megapt.model.compiled import check_compiler
+    from megapt.plan.memory import layer_policies
+
+    device = device_of(environment)
+    layer_policies(config, data, cpu=device.type == "cpu")
+    if config.compile:
+        check_compiler(device)
 
 
 def _parse(arguments: Sequence[str]) -> Loaded:
@@ -61,40 +75,34 @@ def _parse(arguments: Sequence[str]) -> Loaded:
 class RunPlan:
     """What a config means in steps and samples, before any rank meets another."""
 
-    train: TokenDataset
-    valid: TokenDataset | None
+    train: CompositeDataset
+    valid: list[ValidationSet]
     batches: BatchSchedule
     steps: int
     lr: LearningRate
 
     @classmethod
     def of(cls, config: Config) -> RunPlan:
-        data, batch, optimizer = config.data, config.batch, config.optimizer
-        split = data.split if data.valid is None else "1,0,0"
-        train = TokenDataset(data.train, "train", split, batch.sequence, config.seed)
-        valid = None
-        if config.train.validate_samples:
-            prefix, split = (data.train, data.split) if data.valid is None else (data.valid, "0,1,0")
-            valid = TokenDataset(prefix, "valid", split, batch.sequence, config.seed)
-            if valid.num_samples_per_epoch < batch.global_samples:
+        batch, optimizer = config.batch, config.optimizer
+        batches, steps = schedule(config)
+        train = open_train(config, batches.first_sample(steps))
+        valid = open_valid(config) if config.train.validate_samples else []
+        for one in valid:
+            if one.data.num_samples_per_epoch < batch.global_samples:
                 raise UserError(
-                    f"the validation set {valid.name} has {valid.num_samples_per_epoch} samples of {batch.sequence} "
-                    f"tokens, less than one global batch of {batch.global_samples}; give it more data (data.split), or "
-                    "set train.validate_samples=0"
+                    f"the validation set {one.data.name} has {one.data.num_samples_per_epoch} samples of "
+                    f"{batch.sequence} tokens, less than one global batch of {batch.global_samples}; give it more data "
+                    "(data.split), or set train.validate_samples=0"
                 )
-        ramp = (batch.ramp.start, batch.ramp.increment, batch.ramp.samples) if batch.ramp else None
-        batches = BatchSchedule(batch.global_samples, ramp)
-        steps = config.train.steps or math.ceil((config.train.tokens or 0) / (batch.global_samples * batch.sequence))
         lr = LearningRate(
             optimizer.lr, steps, optimizer.warmup_steps, optimizer.schedule, optimizer.floor, optimizer.decay_steps
         )
         return cls(train, valid, batches, steps, lr)
 
-    @property
-    def valid_batches(self) -> int:
-        """Global batches that fit the validation set."""
-        assert self.valid is not None
-        return self.valid.num_samples_per_epoch // self.batches.sizes[-1]
+    def valid_batches(self, one: ValidationSet, wanted: int) -> int:
+        """Global batches that `wanted` validation samples are, one at least and as many as there are."""
+        size = self.batches.sizes[-1]
+        return min(max(1, wanted // size), one.data.num_samples_per_epoch // size)
 
 
 def _join_and_train(loaded: Loaded, plan: RunPlan, environment: RankEnvironment) -> int:
@@ -157,10 +165,10 @@ class Training:
         self.folder = Path(self.config.run.folder)
         self.leader = engine.mesh.rank == 0
         self.step, self.skipped = 0, 0
-        self.receipt = Receipt(plan.train.fingerprint)
-        dp, batch = engine.mesh.dp, self.config.batch
+        self.receipt = Receipt.of(plan.train)
+        dp, batch, data = engine.mesh.dp, self.config.batch, self.config.data
         self.loader = StepLoader(
-            plan.train, plan.batches, batch.micro, dp.rank, dp.size, self.config.model.vocabulary
+            plan.train, plan.batches, batch.micro, dp.rank, dp.size, data.prefetch, data.workers
         )
         self.unwritten: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
@@ -182,7 +190,7 @@ class Training:
             self._load(source, weights_only=True)
             origin = f"weights of {source}"
         # The loader would meet token ids that the model does not know only once the run folder exists.
-        together.run(lambda: self.loader.step(self.step))
+        together.run(lambda: self.loader.step(min(self.step, self.plan.steps - 1)))
         together.agree()
         if self.leader:
             together.run(lambda: self._open_run_folder(origin))
@@ -199,7 +207,7 @@ class Training:
         engine, model = self.engine, self.config.model
         self.beat(self.step, f"loading {source}")
         meta = checkpoint.load(source, engine.backend.fragments(), engine.mesh, model, weights_only=weights_only)
-        engine.backend.loaded(0 if weights_only else meta["updates"])
+        engine.backend.loaded(*((0,) if weights_only else (meta["updates"], meta.get("scalars"))))
         return meta
 
     def _resume(self, source: Path) -> None:
@@ -211,7 +219,7 @@ class Training:
 
     def _check_receipt(self, source: Path, meta: dict[str, Any]) -> None:
         receipt = Receipt.from_dict(meta["receipt"])
-        receipt.check(self.plan.train.fingerprint)
+        receipt.check(self.plan.train)
         expected = self.plan.batches.first_sample(meta["step"])
         if receipt.samples != expected:
             raise UserError(
@@ -220,6 +228,7 @@ class Training:
             )
 
     def _open_run_folder(self, origin: str) -> None:
+        from megapt.data.show import print_sources
         from megapt.model.table import parameter_table
         from megapt.monitor.metrics import Metrics
         from megapt.monitor.progress import Progress, peak_flops
@@ -256,6 +265,8 @@ class Training:
             total_samples=self.plan.batches.first_sample(self.plan.steps),
             peak=peak_text,
         )
+        if len(self.plan.train.sources) > 1:
+            print_sources(self.plan.train, self.plan.batches.first_sample(self.plan.steps))
 
     # The loop
 
@@ -268,9 +279,12 @@ class Training:
             self.beat(self.step, "training")
             batch = self.loader.step(self.step)
             lr = self.plan.lr(self.step)
-            loss, result = self.engine.train_step(batch, lr)
+            record = self.step + 1 == config.run.timeline_step
+            loss, result = self.engine.train_step(batch, lr, record)
             self.step += 1
-            self.receipt.advance(batch.sample_ids)
+            if record:
+                self._write_timeline()
+            self.receipt.advance(self.plan.train, batch.sample_ids)
             self.unwritten.append((self.step, loss, result.grad_norm, result.skipped))
             stopping = stop.agreed(self.stop_reason())
 
@@ -294,6 +308,14 @@ class Training:
         self.loader.close()
         if self.leader:
             self.metrics.close()
+
+    def _write_timeline(self) -> None:
+        """What the ranks of the first pipeline computed when in the step just done. Collective."""
+        if self.engine.mesh.dp.rank or self.engine.mesh.tp.rank:
+            return
+        timeline = self.engine.pipeline.timeline()
+        if timeline is not None:
+            write_whole(self.folder / "timeline.json", timeline.to_json().encode())
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -336,23 +358,29 @@ class Training:
             self.metrics.log(step, **scalars)
 
     def _validate(self) -> None:
-        """Mean loss over the same validation samples every time. Collective."""
+        """Mean loss over the same validation samples every time: of each source, and over all by weight. Collective."""
         from megapt.data.loader import eval_batches
         from megapt.monitor.progress import emit
 
-        if self.plan.valid is None:
+        if not self.plan.valid:
             return
         self.beat(self.step, "validation")
-        batch, dp, vocabulary = self.config.batch, self.engine.mesh.dp, self.config.model.vocabulary
-        wanted = max(1, self.config.train.validate_samples // batch.global_samples)
-        count = min(wanted, self.plan.valid_batches)
-        loss = self.engine.evaluate(
-            eval_batches(self.plan.valid, count, batch.global_samples, batch.micro, dp.rank, dp.size, vocabulary)
-        )
-        if self.leader:
-            samples = count * batch.global_samples
-            emit(f"step {self.step}/{self.plan.steps} | validation loss {loss:.4f} over {samples} samples")
-            self.metrics.log(self.step, valid_loss=loss, valid_samples=samples)
+        batch, dp = self.config.batch, self.engine.mesh.dp
+        losses, samples = {}, 0
+        for one in self.plan.valid:
+            count = self.plan.valid_batches(one, self.config.train.validate_samples)
+            batches = eval_batches(one.data, count, batch.global_samples, batch.micro, dp.rank, dp.size)
+            losses[one.name] = self.engine.evaluate(batches)
+            samples += count * batch.global_samples
+        if not self.leader:
+            return
+        overall = sum(one.weight * losses[one.name] for one in self.plan.valid)
+        parts, scalars = "", {}
+        if len(losses) > 1:
+            parts = f" ({', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())})"
+            scalars = {f"valid_loss/{name}": loss for name, loss in losses.items()}
+        emit(f"step {self.step}/{self.plan.steps} | validation loss {overall:.4f}{parts} over {samples} samples")
+        self.metrics.log(self.step, valid_loss=overall, valid_samples=samples, **scalars)
 
     def _save(self, final: bool) -> None:
         """Write a checkpoint. Collective. A failure leaves older ones whole and, unless it was the final one, training
@@ -368,6 +396,7 @@ class Training:
         meta = {
             "step": self.step,
             "updates": engine.backend.updates,
+            "scalars": engine.backend.scalars(),
             "skipped": self.skipped,
             "receipt": self.receipt.to_dict(),
             "config": self.config.model_dump(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megapt.errors import UserError
 
 if TYPE_CHECKING:
-    from megapt.config import Config, ModelConfig, SourceConfig
+    from megapt.config import Config, ModelConfig, Section, SourceConfig
 
 
 def _nearest(value: int, unit: int) -> str:
@@ -120,12 +120,21 @@ def _parallel_conflicts(config: Config) -> Iterator[tuple[str, str]]:
 
 def _zero_conflicts(config: Config) -> Iterator[tuple[str, str]]:
     parallel, zero, optimizer = config.parallel, config.zero, config.optimizer
-    if zero.stage > 1 and parallel.pipeline > 1 and (zero.backend == "deepspeed" or zero.stage == 3):
+    if zero.stage > 1 and parallel.pipeline > 1:
         yield (
             "zero.stage",
             f"{zero.backend} ZeRO {zero.stage} with pipeline = {parallel.pipeline} would reduce gradients at every "
             "micro-batch; with a pipeline use stage 0 or 1, or set parallel.pipeline = 1",
         )
+    if config.precision != "fp16":
+        for name in _given(config.loss_scale):
+            yield f"loss_scale.{name}", f"has no effect on precision = {config.precision}: it belongs to fp16"
+    if optimizer.kind != "muon":
+        for name in _given(optimizer.muon):
+            yield f"optimizer.muon.{name}", f"has no effect on optimizer.kind = {optimizer.kind}: it belongs to muon"
+    if config.loss_scale.smallest > config.loss_scale.initial:
+        lowest, initial = config.loss_scale.smallest, config.loss_scale.initial
+        yield "loss_scale.smallest", f"{lowest} is above loss_scale.initial = {initial}"
     if zero.stage > 2 and zero.backend == "native":
         yield "zero.stage", f"the native backend has stages 0 to 2, not {zero.stage}; use zero.backend = deepspeed"
     if zero.offload and (zero.backend != "deepspeed" or parallel.pipeline > 1 or zero.stage == 0):
@@ -140,9 +149,17 @@ def _zero_conflicts(config: Config) -> Iterator[tuple[str, str]]:
         if optimizer.kind == "muon":
             yield "optimizer.kind", "muon needs zero.backend = native; with deepspeed use adamw"
         if optimizer.stochastic_rounding:
-            yield "optimizer.stochastic_rounding", "needs zero.backend = native"
+            yield "optimizer.stochastic_rounding", "needs zero.backend = native; or leave it out"
     if optimizer.stochastic_rounding and config.precision != "bf16":
-        yield "optimizer.stochastic_rounding", f"rounds fp32 masters to bf16 weights; precision is {config.precision}"
+        yield (
+            "optimizer.stochastic_rounding",
+            f"rounds fp32 masters to bf16 weights; precision is {config.precision}: use bf16, or leave it out",
+        )
+
+
+def _given(section: Section) -> list[str]:
+    """Values of a section that are not their defaults."""
+    return [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
 
 
 def _data_conflicts(config: Config) -> Iterator[tuple[str, str]]:
@@ -163,6 +180,9 @@ def _data_conflicts(config: Config) -> Iterator[tuple[str, str]]:
             yield "data.phases", f"{', '.join(unknown)}: no such source; the sources are {', '.join(names)}"
         elif not any(phase.weights.values()):
             yield "data.phases", f"the phase from token {phase.from_token} gives no source a weight"
+    direction = "bidirectional" if config.objective == "masked_lm" else "causal"
+    if config.model.attention != direction:
+        yield "model.attention", f"objective = {config.objective} needs {direction}, not {config.model.attention}"
     if (config.objective == "masked_lm") != (data.masked_lm is not None):
         yield "data.masked_lm", "belongs to objective = masked_lm, which needs it (at least `mask:`), and to no other"
     if data.masked_lm is not None and data.masked_lm.random + data.masked_lm.keep > 1:

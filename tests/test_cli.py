@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megapt import cli
+from megapt.data.documents import read_texts
 from megapt.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -183,7 +184,7 @@ def test_a_broken_rule_is_one_message(
 
 def test_an_empty_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no text files"):
-        list(cli._texts([tmp_path], "text"))
+        list(read_texts([tmp_path], "text"))
 
 
 def test_an_interruption_ends_with_130(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,10 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
     "ZeRO 2 with a pipeline": (
         ["zero.stage=2", "parallel.pipeline=2"], "zero.stage", ["deepspeed ZeRO 2 with pipeline = 2", "stage 0 or 1"],
     ),
+    "native ZeRO 2 with a pipeline": (
+        ["zero.stage=2", "zero.backend=native", "parallel.pipeline=2"],
+        "zero.stage", ["native ZeRO 2 with pipeline = 2", "stage 0 or 1"],
+    ),
     "native ZeRO 3": (
         ["zero.stage=3", "zero.backend=native"], "zero.stage", ["stages 0 to 2, not 3", "zero.backend = deepspeed"],
     ),
@@ -248,6 +252,12 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
     "decay without wsd": (["optimizer.decay_steps=3"], "optimizer.decay_steps", ["wsd"]),
     "offload": (["zero.offload=true", "zero.backend=native"], "zero.offload", ["not native, 1 and 1"]),
     "fp16": (["precision=fp16", "zero.backend=deepspeed"], "precision", ["zero.backend = native"]),
+    "loss scale": (["loss_scale.window=5"], "loss_scale.window", ["no effect on precision = bf16", "fp16"]),
+    "smallest loss scale": (
+        ["precision=fp16", "zero.backend=native", "loss_scale.initial=2", "loss_scale.smallest=4"],
+        "loss_scale.smallest", ["4.0 is above loss_scale.initial = 2.0"],
+    ),
+    "muon's settings": (["optimizer.muon.momentum=0.9"], "optimizer.muon.momentum", ["no effect on optimizer.kind = adamw"]),
     "muon": (["optimizer.kind=muon", "zero.backend=deepspeed"], "optimizer.kind", ["zero.backend = native"]),
     "stochastic rounding": (
         ["optimizer.stochastic_rounding=true", "precision=fp32", "zero.backend=native"],
@@ -257,13 +267,14 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
     "budget of another policy": (["recompute.budget=2"], "recompute.budget", ["no effect on the none policy"]),
     "recomputed layers": (["recompute.layers=2"], "recompute.layers", ["no effect on the none policy"]),
     "layer costs": (["parallel.layer_costs=[1, 2]"], "parallel.layer_costs", ["2 costs for model.layers = 4"]),
-    "masks": (["objective=masked_lm"], "data.masked_lm", ["needs it"]),
+    "masks": (["objective=masked_lm", "model.attention=bidirectional"], "data.masked_lm", ["needs it"]),
+    "direction": (["model.attention=bidirectional"], "model.attention", ["next_token needs causal"]),
     "masks without the objective": (["data.masked_lm={mask: x}"], "data.masked_lm", ["objective = masked_lm"]),
     "masks beyond one": (
-        ["objective=masked_lm", "data.masked_lm={mask: x, random: 0.7, keep: 0.7}"], "data.masked_lm", ["more than 1"],
+        ["objective=masked_lm", "model.attention=bidirectional", "data.masked_lm={mask: x, random: 0.7, keep: 0.7}"], "data.masked_lm", ["more than 1"],
     ),
     "infilling": (
-        ["objective=masked_lm", "data.masked_lm={mask: x}", "data.fim={prefix: a, middle: b, suffix: c}"],
+        ["objective=masked_lm", "model.attention=bidirectional", "data.masked_lm={mask: x}", "data.fim={prefix: a, middle: b, suffix: c}"],
         "data.fim", ["not masked_lm"],
     ),
     "packed in megatron's order": (

@@ -46,12 +46,16 @@ def write_tokenizer(path: str, folder: Path, model: ModelConfig) -> int | None:
             f"{model.vocabulary}: it is not this model's"
         )
     if tokenizer.kind == "huggingface":
+        assert isinstance(tokenizer, own.HuggingFaceTokenizer)
         source = Path(tokenizer.path)
-        shutil.copyfile(source, folder / "tokenizer.json")
+        if source.name == "vocab.json":  # GPT-2's two files
+            tokenizer.save(folder / "tokenizer.json")
+        else:
+            shutil.copyfile(source, folder / "tokenizer.json")
         for name in _BESIDE:
             if (source.parent / name).is_file():
                 shutil.copyfile(source.parent / name, folder / name)
-        backend = _library().from_file(str(source))
+        backend = _library().from_file(str(folder / "tokenizer.json"))
     else:
         backend = (
             _of_bytes(tokenizer) if tokenizer.kind == "bytes" else _of_sentencepiece(Path(tokenizer.path))

@@ -1,197 +1,213 @@
-"""From text to `.bin/.idx`: tokenize with worker processes and write in input order."""
+"""From text to `.bin/.idx`: tokenize with worker processes, write in input order, go on after an interruption."""
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
+import dataclasses
+import json
 import os
+import sys
 import time
-from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from megapt.data import tokenizers
-from megapt.data.indexed import IndexedWriter, best_dtype
-from megapt.data.pieces import Piece, list_files, read_parts, work_items
+from megapt.data import pieces, tokenizers
+from megapt.data.build_progress import BuildProgress
+from megapt.data.build_state import State, WorkingFolder
+from megapt.data.documents import Invalid
+from megapt.data.encode import Rules, WorkersDied, encode_all
+from megapt.data.indexed import best_dtype
+from megapt.data.pieces import STDIN, Source, check_unchanged, list_sources, work_items
+from megapt.data.statistics import LengthCounts
 from megapt.errors import UserError
-from megapt.files import StrPath
+from megapt.files import StrPath, write_whole
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+_FORMAT = 1  # of the working folder: one of another number is not gone on with
+_REPORT, _PICTURE = "report.json", "lengths.png"
 
 
 @dataclass(frozen=True)
 class BuildReport:
     """What a build read and wrote.
 
-    `documents` (empty ones included) and `tokens` (end-of-document tokens included) written; `bytes` and
-    `files` read; `seconds` taken; `replaced`: invalid characters that became U+FFFD; `skipped`: binary files
-    in the folders given.
+    `documents` (empty ones included), `sequences` and `tokens` (end-of-document tokens included) written; `bytes`
+    of text and `files` read, compressed files counted as they are inside; `seconds` taken to tokenize, interrupted
+    attempts included as far as their work counted; `replaced`: invalid bytes or characters that became U+FFFD;
+    `skipped`: documents left out because they held some; `duplicates`: documents left out because an earlier one has
+    the same text; `passed_over`: binary files in the folders given; `engine`: the library that encoded.
     """
 
     documents: int
+    sequences: int
     tokens: int
     bytes: int
     files: int
     seconds: float
     replaced: int
     skipped: int
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A work item's tokens end to end; part i has `lengths[i]` of them and ends its document if `last[i]`."""
-
-    tokens: npt.NDArray[np.integer[Any]]
-    lengths: list[int]
-    last: list[bool]
-    bytes: int
-    replaced: int
-
-
-class _Encoder:
-    """Encodes work items; each process has its own."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, text_key: str, append_eod: bool) -> None:
-        self.tokenizer, self.text_key = tokenizer, text_key
-        self.tail = [tokenizer.eod] if append_eod and tokenizer.eod is not None else []
-
-    def __call__(self, item: list[Piece]) -> _Encoded:
-        texts: list[str] = []
-        last: list[bool] = []
-        continued: list[bool] = []
-        replaced = 0
-        for piece in item:
-            parts, bad = read_parts(piece, self.text_key)
-            replaced += bad
-            for part in parts:
-                texts.append(part.text)
-                last.append(part.last)
-                continued.append(piece.start > 0 and not piece.jsonl)
-        rows = self.tokenizer.encode_batch(texts)
-        for row, ends, goes_on in zip(rows, last, continued, strict=True):
-            if ends and (row or goes_on):  # an empty document stays empty
-                row.extend(self.tail)
-        tokens = np.fromiter(itertools.chain.from_iterable(rows), best_dtype(self.tokenizer.vocabulary),
-                             sum(map(len, rows)))
-        read = sum(piece.stop - piece.start for piece in item)
-        return _Encoded(tokens, [len(row) for row in rows], last, read, replaced)
+    duplicates: int
+    passed_over: int
+    engine: str
 
 
 def build(inputs: Iterable[StrPath], output_prefix: StrPath, tokenizer_path: StrPath, text_key: str = "text",
           append_eod: bool = True, workers: int = 1, progress: bool = True, overwrite: bool = False,
-          eod: str | None = None) -> BuildReport:
-    """Tokenize files and folders into `{output_prefix}.bin/.idx`, one sequence per document.
+          eod: str | None = None, split_sentences: bool = False, invalid: Invalid = "replace",
+          dedup: Literal["exact"] | None = None) -> BuildReport:
+    """Tokenize files and folders into `{output_prefix}.bin/.idx`, with `.report.json` and `.lengths.png` beside them.
 
-    A .jsonl holds a document per line under `text_key`; any other text file is one document. Folders are read
-    recursively, in the order of their sorted paths (see `pieces.list_files`). A document of more than 8 MiB
-    is encoded in pieces of about 4 MiB cut between lines, which bounds memory (some hundred MiB per worker)
-    and, for byte-level tokenizers, leaves the tokens as they would be in one piece. `append_eod` ends each
-    document that is not empty with the tokenizer's end-of-document token (`eod` names it where the tokenizer
-    does not say).
+    A .jsonl (or .ndjson) holds a document per line under `text_key`, a .parquet one per row in that column, and any
+    other text file is one document; .gz and .zst of the first and the last are read too, and "-" is JSON lines from
+    standard input. Folders are read recursively, in the order of their sorted paths (see `pieces.list_sources`). A
+    document is one sequence, or with `split_sentences` one sequence per sentence (see `sentences`). `append_eod` ends
+    the last sequence of each document that is not empty with the tokenizer's end-of-document token (`eod` names it
+    where the tokenizer does not say).
 
-    One worker is this process, in which the tokenizers library uses threads of its own; more are processes of
-    one thread each. The output is the same for any number of `workers`, and appears only when whole.
-    UserError if the output exists and `overwrite` is not set, if there is nothing to read, if a file cannot
-    be used, or if the tokenizer has no end-of-document token to append.
+    A document of more than 8 MiB is encoded in pieces of about 4 MiB cut between lines, which bounds memory (some
+    hundred MiB per worker, and for one line of JSON three times its size) and, for byte-level tokenizers, leaves the
+    tokens as they would be in one piece.
+
+    `invalid`: what becomes of a document that is not valid UTF-8: "replace" its faults by U+FFFD, "skip" it, or "fail".
+    `dedup="exact"` keeps the first of documents with the same text (128-bit hashes, 16 bytes of memory per document).
+
+    One worker is this process, in which the tokenizers library uses threads of its own; more are processes of one
+    thread each. The output is the same for any number of `workers`. It grows in `{output_prefix}.building`; a build
+    that was interrupted goes on from there when started again with the same arguments (standard input excepted, which
+    is gone), and the files appear only when whole. UserError if the output exists and `overwrite` is not set, if an
+    unfinished build with other arguments is there and `overwrite` is not set, if there is nothing to read, if a file
+    cannot be used or changes meanwhile, if the disk is full, or if the tokenizer has no end-of-document token to
+    append.
     """
-    began = time.monotonic()
+    prefix = _check_prefix(output_prefix)
+    if workers < 1:
+        raise UserError(f"{workers} workers are not possible; 1 or more are needed")
     tokenizer = tokenizers.load(tokenizer_path, eod)
     if append_eod and tokenizer.eod is None:
         raise UserError(f"tokenizer {tokenizer.path} does not say which token ends a document; name it "
                         "(eod), or build without (append_eod off)")
-    if workers < 1:
-        raise UserError(f"{workers} workers are not possible; 1 or more are needed")
-    writer = IndexedWriter(output_prefix, best_dtype(tokenizer.vocabulary))
-    existing = [str(path) for path in (writer.bin_path, writer.idx_path) if path.exists()]
+    inputs = list(inputs)
+    sources, passed_over = list_sources(inputs)
+    if not sources:
+        raise UserError(f"no text files in {', '.join(map(str, inputs)) or 'an empty list of inputs'}"
+                        f" ({passed_over} binary files passed over)")
+    rules = Rules(text_key, append_eod, split_sentences, invalid, dedup == "exact")
+    manifest = _manifest(sources, tokenizer, rules)
+    folder = WorkingFolder(prefix, best_dtype(tokenizer.vocabulary), not split_sentences, rules.hashes)
+    keep = True
+    try:
+        folder.lock()
+        _open_folder(folder, manifest, sources, overwrite, progress)
+        try:
+            if not folder.state.whole:
+                _encode_rest(folder, sources, tokenizer, rules, workers, progress)
+                check_unchanged(sources)
+                _finish(folder, sources, tokenizer, manifest)
+        except WorkersDied:
+            raise
+        except UserError:  # the inputs or the arguments must change, and then this work is of no use
+            keep = False
+            raise
+        folder.publish([_REPORT, _PICTURE])
+    except OSError as error:
+        kept = f"; what is done stays in {folder.path}, and the same command goes on from there"
+        raise UserError(f"{error.filename or folder.path}: {error.strerror or error}"
+                        f"{kept if folder.started else ''}") from error
+    finally:
+        if keep and folder.started:
+            folder.close()
+        else:
+            folder.remove()
+    return _report(folder.state, len(sources), passed_over)
+
+
+def _check_prefix(output_prefix: StrPath) -> str:
+    prefix = os.fspath(output_prefix)
+    if not Path(prefix).name or prefix.endswith(("/", "/.", "/..")) or prefix in (".", ".."):
+        raise UserError(f"the output {prefix!r} names no file; give a path and the beginning of the files' names, "
+                        "such as data/corpus")
+    return prefix
+
+
+def _manifest(sources: list[Source], tokenizer: tokenizers.Tokenizer, rules: Rules) -> dict[str, Any]:
+    """All that the output depends on."""
+    return {
+        "format": _FORMAT,
+        "inputs": [[STDIN if s.path == STDIN else os.path.abspath(s.path), s.size, s.mtime_ns] for s in sources],
+        "tokenizer": tokenizer.fingerprint(),
+        "eod": tokenizer.eod,
+        "options": dataclasses.asdict(rules) | {"lines": pieces.LINES, "piece": pieces.PIECE},
+    }
+
+
+def _open_folder(folder: WorkingFolder, manifest: dict[str, Any], sources: list[Source], overwrite: bool,
+                 say: bool) -> None:
+    """Begin, or go on with what is there if it is this very build."""
+    found = folder.manifest()
+    same = found == manifest
+    if found is not None and not same and not overwrite:
+        different = ", ".join(key for key in manifest if found.get(key) != manifest[key])
+        raise UserError(f"{folder.path} holds an unfinished build that differs in its {different}; repeat the "
+                        "arguments it was started with to go on, or set overwrite to start over")
+    if same and folder.state.whole:
+        return
+    existing = [prefix for prefix in (f"{folder.prefix}.bin", f"{folder.prefix}.idx") if os.path.exists(prefix)]
     if existing and not overwrite:
         raise UserError(f"{' and '.join(existing)} exist already; choose another output, or set overwrite")
-    inputs = list(inputs)
-    files, skipped = list_files(inputs)
-    if not files:
-        raise UserError(f"no text files in {', '.join(map(str, inputs)) or 'an empty list of inputs'}"
-                        f" ({skipped} binary files passed over)")
-    read = replaced = 0
-    with (_progress(progress, sum(file.stat().st_size for file in files)) as bar, writer,
-          closing(_encode_all(files, workers, tokenizer, text_key, append_eod)) as results):
-        for result in results:
-            _write(writer, result)
-            read, replaced = read + result.bytes, replaced + result.replaced
-            if bar is not None:
-                seconds, documents = max(time.monotonic() - began, 1e-9), writer.num_documents
-                bar.update(bar.task_ids[0], completed=read, documents=f"{documents:,}",
-                           speed=f"{read / 1e6 / seconds:.1f}", rate=f"{documents / seconds:,.0f}")
-        if writer.num_tokens == 0:
-            raise UserError(f"the {len(files)} input files hold {writer.num_documents} documents and no "
-                            "tokens; there is nothing to write")
-    seconds = time.monotonic() - began
-    return BuildReport(writer.num_documents, writer.num_tokens, read, len(files), seconds, replaced, skipped)
+    # What came through standard input cannot be passed over a second time.
+    if not same or not folder.started or any(source.path == STDIN for source in sources):
+        folder.begin(manifest)
+    elif say:
+        print(f"going on from {folder.path}: {folder.state.documents:,} documents are done", file=sys.stderr)
+    folder.open()
 
 
-def _write(writer: IndexedWriter, result: _Encoded) -> None:
-    at = 0
-    for length, last in zip(result.lengths, result.last, strict=True):
-        writer.extend(result.tokens[at:at + length])
-        at += length
-        if last:
-            writer.end_document()
+def _encode_rest(folder: WorkingFolder, sources: list[Source], tokenizer: tokenizers.Tokenizer, rules: Rules,
+                 workers: int, progress: bool) -> None:
+    """Encode and append all work items that are not done."""
+    state = folder.state
+    tokenizer.accelerate()
+    state.engine = tokenizer.engine
+    before, began = state.seconds, time.monotonic()
+    items = work_items(sources, state.next_file, state.next_skip)
+    total = sum(source.size for source in sources)
+    with (BuildProgress(progress, total, state) as shown,
+          closing(encode_all(items, workers, tokenizer, rules)) as results):
+        for item, encoded in results:
+            folder.append(encoded, item)
+            state.seconds = before + time.monotonic() - began
+            shown.update()
+    folder.commit()
 
 
-def _encode_all(files: Iterable[Path], workers: int, tokenizer: tokenizers.Tokenizer, text_key: str,
-                append_eod: bool) -> Generator[_Encoded, None, None]:
-    """Encoded work items in input order, with at most three per worker under way."""
-    if workers == 1:
-        yield from map(_Encoder(tokenizer, text_key, append_eod), work_items(files))
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
-                               (tokenizer.path, tokenizer.eod, text_key, append_eod))
-    waiting: deque[Future[_Encoded]] = deque()
-    try:
-        for item in work_items(files):
-            waiting.append(pool.submit(_encode, item))
-            if len(waiting) >= 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(f"one of {workers} worker processes died, most often for lack of memory; build with "
-                        "fewer workers") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _finish(folder: WorkingFolder, sources: list[Source], tokenizer: tokenizers.Tokenizer,
+            manifest: dict[str, Any]) -> None:
+    """The index, the report and the picture, all inside the folder."""
+    state = folder.state
+    if state.tokens == 0:
+        raise UserError(f"the {len(sources)} input files hold {state.documents} documents and no tokens; there is "
+                        "nothing to write")
+    lengths = LengthCounts(folder.document_lengths())
+    report = dataclasses.asdict(_report(state, len(sources), 0))
+    del report["passed_over"]
+    report |= {
+        "dtype": folder.dtype.name,
+        "bytes_per_token": state.bytes / state.tokens,
+        "tokens_per_document": state.tokens / state.documents,
+        "document_length_quantiles": lengths.quantiles(),
+        "tokenizer": {"path": tokenizer.path, "sha256": manifest["tokenizer"], "vocabulary": tokenizer.vocabulary,
+                      "eod": tokenizer.eod},
+        "options": {key: value for key, value in manifest["options"].items() if key not in ("lines", "piece", "hashes")}
+        | {"dedup": "exact" if manifest["options"]["hashes"] else None},
+        "inputs": [{"path": source.path, "bytes": source.size} for source in sources],
+    }
+    write_whole(folder.path / _REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    title = f"{Path(folder.prefix).name}: {state.documents:,} documents, {state.tokens:,} tokens"
+    write_whole(folder.path / _PICTURE, lengths.picture(title))
+    folder.write_index()
 
 
-_encoder: _Encoder  # a worker process's own, set once when it starts
-
-
-def _start_worker(tokenizer_path: str, eod: int | None, text_key: str, append_eod: bool) -> None:
-    global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    tokenizer = tokenizers.load(tokenizer_path)
-    tokenizer.eod = eod
-    _encoder = _Encoder(tokenizer, text_key, append_eod)
-
-
-def _encode(item: list[Piece]) -> _Encoded:
-    return _encoder(item)
-
-
-def _progress(show: bool, total: int) -> AbstractContextManager[Progress | None]:
-    if not show:
-        return nullcontext()
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(TextColumn("tokenizing"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                   TextColumn("{task.fields[documents]} documents, {task.fields[rate]}/s"),
-                   TextColumn("{task.fields[speed]} MB/s"), TimeRemainingColumn(),
-                   console=Console(stderr=True))
-    bar.add_task("tokenizing", total=total, documents="0", speed="0.0", rate="0")
-    return bar
+def _report(state: State, files: int, passed_over: int) -> BuildReport:
+    return BuildReport(state.documents, state.sequences, state.tokens, state.bytes, files, state.seconds,
+                       state.replaced, state.skipped, state.duplicates, passed_over, state.engine)

@@ -11,40 +11,46 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from megapt.batch import MicroBatch, StepBatch
+from megapt.batch import Documents, MicroBatch, StepBatch
 from megapt.data.batches import BatchSchedule
+from megapt.data.composite import DocumentRows
 from megapt.errors import UserError
+
+Int64 = npt.NDArray[np.int64]
 
 
 class SampleSource(Protocol):
-    """What a loader needs of a data set; TokenDataset is one."""
+    """What a loader needs of a data set; CompositeDataset is one."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sequence(self) -> int: ...
 
     @property
     def num_samples_per_epoch(self) -> int: ...
 
-    def sample(self, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]: ...
+    def fill(self, ids: npt.NDArray[np.integer[Any]], tokens: Int64, labels: Int64) -> DocumentRows | None: ...
 
     def loss_tokens(self, ids: npt.NDArray[np.integer[Any]]) -> int: ...
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """How a global batch becomes one rank's micro-batches: rank r of dp takes samples [r * b / dp, (r + 1) *
-    b / dp) of the b samples, `micro_batch` at a time."""
+    """How a global batch becomes one rank's micro-batches: rank r of dp takes samples [r * b / dp, (r + 1) * b / dp) of
+    the b samples, `micro_batch` at a time."""
 
     dataset: SampleSource
     micro_batch: int
     dp_rank: int
     dp_size: int
-    vocabulary: int
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
-            raise UserError(f"a micro-batch of {self.micro_batch} samples is not possible; it must be "
-                            "1 or more")
+            raise UserError(f"a micro-batch of {self.micro_batch} samples is not possible; it must be 1 or more")
         if not 0 <= self.dp_rank < self.dp_size:
             raise ValueError(f"data-parallel rank {self.dp_rank} is outside [0, {self.dp_size})")
 
@@ -61,43 +67,74 @@ class _Cut:
             divisors = [d for d in range(1, share + 1) if share % d == 0]
             nearest = sorted(sorted(divisors, key=lambda d: abs(d - self.micro_batch))[:2])
             advice += f"; with {batch}, a micro-batch of {' or '.join(map(str, nearest))} does"
-        raise UserError(f"a global batch of {batch} samples is not a positive multiple of micro-batch "
-                        f"{self.micro_batch} x data-parallel size {self.dp_size} = {unit}; {advice}")
+        raise UserError(
+            f"a global batch of {batch} samples is not a positive multiple of micro-batch {self.micro_batch} x "
+            f"data-parallel size {self.dp_size} = {unit}; {advice}"
+        )
 
-    def load(self, ids: npt.NDArray[np.int64]) -> StepBatch:
-        share = len(ids) // self.dp_size
-        rows = self.dataset.sample(ids[self.dp_rank * share:(self.dp_rank + 1) * share])
-        low, high = int(rows.min()), int(rows.max())
-        if low < 0 or high >= self.vocabulary:
-            raise UserError(f"{self.dataset.name} holds token id {low if low < 0 else high}, but the "
-                            f"vocabulary has {self.vocabulary} ids (0 to {self.vocabulary - 1}); it was "
-                            "built with another tokenizer, or the model's vocabulary is set too small")
-        tokens = torch.from_numpy(np.ascontiguousarray(rows[:, :-1]))
-        labels = torch.from_numpy(np.ascontiguousarray(rows[:, 1:]))
-        micro_batches = [MicroBatch(tokens[k:k + self.micro_batch], labels[k:k + self.micro_batch])
-                         for k in range(0, len(rows), self.micro_batch)]
-        return StepBatch(micro_batches, ids, self.dataset.loss_tokens(ids))
+    def load(self, ids: Int64) -> StepBatch:
+        """This rank's part of samples [n].
+
+        Tokens and labels have a buffer each: as views of one of [n, sequence + 1] they would not be contiguous, and
+        then a copy to the device would first be gathered on the host, unpinned.
+        """
+        share, size, data = len(ids) // self.dp_size, self.micro_batch, self.dataset
+        tokens, labels = (_empty((share, data.sequence), torch.int64) for _ in range(2))
+        rows = data.fill(ids[self.dp_rank * share:(self.dp_rank + 1) * share], tokens.numpy(), labels.numpy())
+        micro_batches = [
+            MicroBatch(
+                tokens[k:k + size],
+                labels[k:k + size],
+                None if rows is None else _documents(rows, k, k + size, data.sequence),
+            )
+            for k in range(0, share, size)
+        ]
+        return StepBatch(micro_batches, ids, data.loss_tokens(ids))
+
+
+def _documents(rows: DocumentRows, first: int, last: int, sequence: int) -> Documents:
+    """Of rows [first, last)."""
+    lengths = rows.length[slice(*np.searchsorted(rows.row, [first, last]).tolist())]
+    ends = np.cumsum(lengths)
+    cu_seqlens = _empty((len(lengths) + 1,), torch.int32)
+    cu_seqlens.numpy()[0], cu_seqlens.numpy()[1:] = 0, ends
+    positions = _empty(((last - first) * sequence,), torch.int64)
+    positions.numpy()[:] = np.arange(len(positions)) - np.repeat(ends - lengths, lengths)
+    return Documents(tuple(lengths.tolist()), cu_seqlens, positions)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that a GPU can fetch by itself, where there is one. torch keeps such memory until its copies are done."""
+    return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
 
 class StepLoader:
     """Random access to the steps of a run: `step(s)` is the same whatever was asked before.
 
     The global batch of step s is samples [schedule.first_sample(s), + schedule.size(s)) of the data set,
-    whatever the data-parallel size and micro-batch. `prefetch` steps after the one asked for are read by a
-    background thread; what goes wrong there is raised by the `step` call that asks for the step concerned.
+    whatever the data-parallel size and micro-batch. The `prefetch` steps after the one asked for are read by
+    `workers` background threads; what goes wrong there is raised by the `step` call that asks for the step concerned.
 
-    UserError, at construction, if a batch size of the schedule cannot be cut evenly; from `step`, if a token
-    id lies outside [0, vocabulary).
+    UserError, at construction, if a batch size of the schedule cannot be cut evenly; from `step`, what the data set
+    raises.
     """
 
-    def __init__(self, dataset: SampleSource, schedule: BatchSchedule, micro_batch: int, dp_rank: int,
-                 dp_size: int, vocabulary: int, prefetch: int = 1) -> None:
-        self._cut = _Cut(dataset, micro_batch, dp_rank, dp_size, vocabulary)
+    def __init__(
+        self,
+        dataset: SampleSource,
+        schedule: BatchSchedule,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        prefetch: int = 2,
+        workers: int = 1,
+    ) -> None:
+        self._cut = _Cut(dataset, micro_batch, dp_rank, dp_size)
         for size in schedule.sizes:
             self._cut.check(size)
         self._schedule, self._prefetch = schedule, prefetch
         self._pending: dict[int, Future[StepBatch]] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
+        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="data") if prefetch else None
         self._closed = False
 
     def step(self, s: int) -> StepBatch:
@@ -108,24 +145,25 @@ class StepLoader:
         wanted = range(s + 1, s + 1 + self._prefetch)
         for other in [other for other in self._pending if other not in wanted]:
             self._pending.pop(other).cancel()
-        if self._thread:
+        if self._threads:
             for ahead in wanted:
                 if ahead not in self._pending:
-                    self._pending[ahead] = self._thread.submit(self._load, ahead)
+                    self._pending[ahead] = self._threads.submit(self._load, ahead)
         return ready.result() if ready else self._load(s)
 
     def close(self) -> None:
         """Stop reading ahead. No step can be had afterwards."""
         self._closed = True
         self._pending.clear()
-        if self._thread:
-            self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._threads:
+            self._threads.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _load(self, s: int) -> StepBatch:
@@ -133,18 +171,19 @@ class StepLoader:
         return self._cut.load(np.arange(first, first + self._schedule.size(s), dtype=np.int64))
 
 
-def eval_batches(dataset: SampleSource, batches: int, batch: int, micro_batch: int, dp_rank: int,
-                 dp_size: int, vocabulary: int) -> Iterator[StepBatch]:
-    """This rank's part of the first `batches` global batches of `batch` samples each: always the same
-    samples.
+def eval_batches(
+    dataset: SampleSource, batches: int, batch: int, micro_batch: int, dp_rank: int, dp_size: int
+) -> Iterator[StepBatch]:
+    """This rank's part of the first `batches` global batches of `batch` samples each: always the same samples.
 
     UserError if the data set has fewer than batches * batch samples, or a batch cannot be cut evenly.
     """
-    cut = _Cut(dataset, micro_batch, dp_rank, dp_size, vocabulary)
+    cut = _Cut(dataset, micro_batch, dp_rank, dp_size)
     cut.check(batch)
     available = dataset.num_samples_per_epoch
     if batches * batch > available:
-        raise UserError(f"evaluation over {batches} batches of {batch} samples needs {batches * batch} "
-                        f"samples, but {dataset.name} has {available}; it is enough for "
-                        f"{available // batch} such batches")
+        raise UserError(
+            f"evaluation over {batches} batches of {batch} samples needs {batches * batch} samples, but {dataset.name} "
+            f"has {available}; it is enough for {available // batch} such batches"
+        )
     return (cut.load(np.arange(k * batch, (k + 1) * batch, dtype=np.int64)) for k in range(batches))

@@ -1,0 +1,169 @@
+"""Which layouts are run: the axes, what of their product is worth running, and a small set that covers all pairs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations, product
+from typing import Any
+
+from megapt.config import Config
+from megapt.errors import UserError
+from megapt.prove.layout import Layout, tightened
+from megapt.prove.small import Shape
+
+# Every axis of the matrix and its values: a new schedule, policy or backend is proven from the day it stands here.
+AXES: dict[str, tuple[Any, ...]] = {
+    "tp": (1, 2, 4),
+    "pp": (1, 2, 4),
+    "dp": (1, 2, 4),
+    "schedule": ("1f1b", "interleaved", "gpipe", "zb-h1", "zb-v"),
+    "micro": (1, 2, 4),
+    "sequence": (True, False),
+    "recompute": ("none", "selective", "full", "budget"),
+    "zero": ("native-0", "native-1", "native-2", "deepspeed-0", "deepspeed-1", "deepspeed-2", "deepspeed-3"),
+    "stages": ("even", "uneven"),
+    "vocabulary": (1, 32),
+    "optimizer": ("", "muon"),
+    "compile": (False, True),
+}
+# Left to the full matrix: compiling takes longer than all else of the quick one.
+SLOW = {"compile": (False,)}
+# Of the full matrix these go through their whole product; of the others every pair of values occurs.
+PRODUCT = ("tp", "pp", "dp", "schedule", "zero", "sequence")
+
+_START = 8  # starting a layout costs about as much as so many ranks
+
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model in a layout. depth: its layers, where they are not those that the layout wants."""
+
+    shape: Shape
+    layout: Layout
+    depth: int = 0
+
+    @property
+    def layers(self) -> int:
+        return self.depth or self.layout.layers
+
+    def config(self, precision: str) -> Config:
+        """UserError where the layout is not legal for the shape."""
+        return self.layout.config(self.shape, precision, self.layers)
+
+    def runnable(self, precision: str) -> Config:
+        """The same, with what depends on the model's memory worked out."""
+        return tightened(self.config(precision), self.layout.dp)
+
+    def __str__(self) -> str:
+        return f"{self.shape.name} {self.layout}"
+
+    def __hash__(self) -> int:
+        return hash((self.shape.name, self.layout, self.depth))
+
+    def values(self) -> dict[str, Any]:
+        """Its value on every axis of the matrix."""
+        return {"shape": self.shape.name} | {axis: getattr(self.layout, axis) for axis in AXES}
+
+    def pairs(self) -> set[Pair]:
+        return set(combinations(self.values().items(), 2))
+
+
+def worthwhile(layout: Layout) -> bool:
+    """Whether no value of the layout is without effect: another layout is then the same computation."""
+    return not (
+        (layout.pp == 1 and (layout.schedule != "1f1b" or layout.stages != "even"))
+        or (layout.tp == 1 and not layout.sequence)
+        or (layout.stages == "uneven" and not 1 < layout.virtual_stages < layout.layers)
+    )
+
+
+@lru_cache(maxsize=1 << 20)
+def _legal(case: Case, precision: str) -> bool:
+    if not worthwhile(case.layout):
+        return False
+    try:
+        case.config(precision)
+    except UserError:
+        return False
+    return True
+
+
+class Matrix:
+    """The layouts of some shapes on at most `ranks` ranks. Deterministic: the same cases every time."""
+
+    def __init__(self, shapes: Sequence[Shape], ranks: int, precision: str, compiler: bool = True) -> None:
+        self.precision, self.ranks = precision, ranks
+        self.shapes = {shape.name: shape for shape in shapes}
+        self.fast: dict[str, tuple[Any, ...]] = {"shape": tuple(self.shapes), **AXES, **SLOW}
+        self.axes = {"shape": tuple(self.shapes), **AXES} if compiler else self.fast
+
+    def legal(self, case: Case) -> bool:
+        return case.layout.world <= self.ranks and _legal(case, self.precision)
+
+    def quick(self) -> list[Case]:
+        """A covering array: every pair of values that any legal layout has occurs in some case."""
+        return self._cover([], self.fast)
+
+    def full(self) -> list[Case]:
+        """The legal part of the product of the PRODUCT axes, and every pair of values of all axes."""
+        chooser = random.Random(0)
+        chosen: list[Case] = []
+        others = [axis for axis in self.fast if axis not in PRODUCT and axis != "shape"]
+        free = list(product(*(self.fast[axis] for axis in others)))
+        for values in product(self.fast["shape"], *(self.fast[axis] for axis in PRODUCT)):
+            fixed = dict(zip(("shape", *PRODUCT), values, strict=True))
+            # The other axes take turns at random, so that the product meets all of their values.
+            for rest in chooser.sample(free, len(free)):
+                case = self._case(fixed | dict(zip(others, rest, strict=True)))
+                if self.legal(case):
+                    chosen.append(case)
+                    break
+        return self._cover(chosen, self.axes)
+
+    def _case(self, values: dict[str, Any]) -> Case:
+        layout = Layout(**{axis: value for axis, value in values.items() if axis != "shape"})
+        return Case(self.shapes[values["shape"]], layout)
+
+    def _cover(self, chosen: list[Case], axes: dict[str, tuple[Any, ...]]) -> list[Case]:
+        """Add cases until every pair of values occurs that a legal case can have; the greedy way of AETG."""
+        chooser = random.Random(1)
+        pairs = (((a, x), (b, y)) for a, b in combinations(axes, 2) for x in axes[a] for y in axes[b])
+        covered: set[Pair] = set().union(*(case.pairs() for case in chosen))
+        missing = dict.fromkeys(pair for pair in pairs if pair not in covered)
+        for pair in list(missing):
+            if pair not in missing:
+                continue
+            best: Case | None = None
+            gain = 0.0
+            for case in self._draws(dict(pair), axes, chooser):
+                new = sum(p in missing for p in case.pairs()) / (_START + case.layout.world)
+                if new > gain:
+                    best, gain = case, new
+            if best is not None:
+                chosen.append(best)
+                for found in best.pairs():
+                    missing.pop(found, None)
+        return chosen
+
+    def _draws(self, fixed: dict[str, Any], axes: dict[str, tuple[Any, ...]], chooser: random.Random) -> Iterator[Case]:
+        """Legal cases with some values given and the others at random."""
+        legal = 0
+        for _ in range(400):
+            case = self._case({axis: fixed.get(axis, chooser.choice(values)) for axis, values in axes.items()})
+            if self.legal(case):
+                yield case
+                legal += 1
+                if legal == 30:
+                    return
+
+
+def coverage(cases: Iterable[Case], axes: dict[str, tuple[Any, ...]]) -> tuple[dict[str, list[Any]], int]:
+    """Values of each axis that occur, and how many pairs of values of different axes do."""
+    listed = list(cases)
+    values = {axis: sorted({case.values()[axis] for case in listed}, key=str) for axis in axes}
+    return values, len(set().union(*(case.pairs() for case in listed)))
