@@ -34,6 +34,10 @@ def train(
     kind: Annotated[
         TokenizerKind, typer.Option(help="Byte-level BPE, or SentencePiece's unigram.")
     ] = TokenizerKind.bpe,
+    special: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOKEN", help="A token that text never yields, such as a mask; repeat it for more."),
+    ] = None,
     text_key: TextKey = "text",
 ) -> None:
     """Train a tokenizer on text."""
@@ -41,7 +45,7 @@ def train(
     from megapt.data.documents import read_texts
 
     job = tokenizers.train_bpe if kind is TokenizerKind.bpe else tokenizers.train_sentencepiece
-    trained = job(read_texts(inputs, text_key), vocabulary, output)
+    trained = job(read_texts(inputs, text_key), vocabulary, output, special=special or [])
     typer.echo(f"{output}: {trained.vocabulary:,} tokens")
 
 

@@ -212,23 +212,25 @@ def load(path: StrPath, eod: str | None = None) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int, output: StrPath, eod: str = EOD,
-              progress: bool = False) -> Tokenizer:
+              special: Sequence[str] = (), progress: bool = False) -> Tokenizer:
     """Train byte-level BPE (Radford et al. 2019, "Language models are unsupervised multitask learners") and
     write it to `output`, a .json file; the same texts give the same file.
 
-    Id 0 is `eod`, ids 1 to 256 are the bytes. A text too small for all merges gives a smaller `vocabulary`
-    than asked for. UserError if `vocabulary` is below 257.
+    Id 0 is `eod`, the `special` tokens follow (a mask, say: text never yields them), then the 256 bytes. A text too
+    small for all merges gives a smaller `vocabulary` than asked for. UserError if `vocabulary` has no room for these.
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     _check_output(output, ".json")
-    if vocabulary < 257:
-        raise UserError(f"a byte-level vocabulary of {vocabulary} is too small; 256 bytes and {eod} take 257")
+    control = _control(eod, special)
+    if vocabulary < 256 + len(control):
+        raise UserError(f"a byte-level vocabulary of {vocabulary} is too small; 256 bytes and {', '.join(control)} "
+                        f"take {256 + len(control)}")
     model = Model(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[eod], show_progress=progress,
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=control, show_progress=progress,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     model.train_from_iterator(iter(texts), trainer=trainer)
     write_whole(output, model.to_str(pretty=True).encode())
@@ -236,15 +238,15 @@ def train_bpe(texts: Iterable[str], vocabulary: int, output: StrPath, eod: str =
 
 
 def train_sentencepiece(texts: Iterable[str], vocabulary: int, output: StrPath,
-                        kind: Literal["unigram", "bpe"] = "unigram", eod: str = EOD,
+                        kind: Literal["unigram", "bpe"] = "unigram", eod: str = EOD, special: Sequence[str] = (),
                         character_coverage: float = 0.9995, progress: bool = False) -> Tokenizer:
     """Train a SentencePiece model (Kudo & Richardson 2018) that gives back every text exactly, and write it
     to `output`, a .model file; the same texts give the same file.
 
     Spaces and letters are left as they are, and digits stand alone. The vocabulary holds the most frequent
     characters that make up `character_coverage` of the texts; the others are spelt in bytes. Id 0 is the
-    unknown token, 1 is `eod`, 2 to 257 are the bytes. UserError if the texts do not yield `vocabulary`
-    pieces, or need more for their characters alone.
+    unknown token, 1 is `eod`, then come the `special` tokens and the bytes. UserError if the texts do not yield
+    `vocabulary` pieces, or need more for their characters alone.
     """
     import sentencepiece
 
@@ -256,6 +258,7 @@ def train_sentencepiece(texts: Iterable[str], vocabulary: int, output: StrPath,
             byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, max_sentence_length=_LINE,
             bos_id=-1, pad_id=-1, unk_id=0, eos_id=1, eos_piece=eod, num_threads=16,
+            control_symbols=_control(eod, special)[1:],
             character_coverage=character_coverage, minloglevel=0 if progress else 2)
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or str(error)
@@ -263,6 +266,13 @@ def train_sentencepiece(texts: Iterable[str], vocabulary: int, output: StrPath,
                         f"{reason}") from error
     write_whole(output, model.getvalue())
     return load(output)
+
+
+def _control(eod: str, special: Sequence[str]) -> list[str]:
+    control = [eod, *special]
+    if len(set(control)) < len(control) or not all(control):
+        raise UserError(f"special tokens must be different and not empty, and {eod} is there already: {control[1:]}")
+    return control
 
 
 def _load_huggingface(file: Path, eod: str | None) -> Tokenizer:

@@ -99,6 +99,18 @@ def test_end_of_document_token(folder: Path, tmp_path: Path) -> None:
     assert load(folder / "bpe.model", eod=EOD).eod == 1
 
 
+@pytest.mark.parametrize("leaf", ["t.json", "t.model"])
+def test_special_tokens_have_ids_that_text_never_yields(tmp_path: Path, leaf: str) -> None:
+    train = train_bpe if leaf == "t.json" else train_sentencepiece
+    tokenizer = train(TEXTS, 320, tmp_path / leaf, special=["<mask>", "<fim>"])
+    assert tokenizer.eod is not None
+    ids = {tokenizer.eod + 1, tokenizer.eod + 2}
+    assert not ids & set(tokenizer.encode("a <mask> and a <fim> in a text"))
+    for wrong in (["<mask>", "<mask>"], [""], [EOD]):
+        with pytest.raises(UserError, match="must be different"):
+            train(TEXTS, 320, tmp_path / f"wrong-{leaf}", special=wrong)
+
+
 def test_vocabulary_with_holes(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 

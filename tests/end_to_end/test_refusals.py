@@ -61,7 +61,7 @@ BY_THE_COMMAND = {
     "wrong type": (["train.steps=many"], ["`train.steps`", "'many'"]),
     "ZeRO 3": (
         ["zero.stage=3", "zero.backend=deepspeed", "parallel.pipeline=2"],
-        ["zero.stage: ZeRO 3", "pipeline = 2", "stage 0 or 1"],
+        ["zero.stage: deepspeed ZeRO 3", "pipeline = 2", "stage 0 or 1"],
     ),
 }
 
