@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from megapt.batch import MicroBatch, StepBatch
 from megapt.config import Config
 from megapt.mesh import ParallelMesh
+from megapt.model.compiled import check_compiler
+from megapt.operations import OPERATIONS
 from megapt.parallel.gradients import TiedWeights
 from megapt.parallel.pipeline.runtime import Pipeline
 from megapt.parallel.pipeline.stages import DTYPES, build_chunks
 from megapt.parallel.tensor import TensorParallel
+from megapt.plan.memory import layer_policies
 from megapt.rules import check_world
 from megapt.zero import make_backend
 from megapt.zero.base import StepResult, ZeroBackend
@@ -29,29 +32,54 @@ class Engine:
         self.config = config
         parallel = config.parallel
         data = check_world(config, world)
+        if config.compile:
+            check_compiler(device)
+        policies = layer_policies(config, data, cpu=device.type == "cpu")
         self.mesh = ParallelMesh.create(parallel.pipeline, data, parallel.tensor, device)
+        OPERATIONS.action = "building the engine"
         self.tp = TensorParallel(self.mesh.tp, parallel.sequence_parallel and parallel.tensor > 1)
         self.chunks: nn.ModuleList
-        self.chunks, self.parameters = build_chunks(config, self.mesh, self.tp)
-        self.ties = TiedWeights(self.parameters, self.mesh.pp, config.model.tied_embeddings)
+        own = policies[self.mesh.pp.rank]
+        self.chunks, self.parameters = build_chunks(config, self.mesh, self.tp, policies=own)
         dtype = DTYPES[config.precision]
         self.pipeline = Pipeline(self.chunks, self.mesh, self.tp, parallel.schedule, config.model.hidden, dtype)
+        tied, last = config.model.tied_embeddings, self.pipeline.last_rank
+        self.ties = TiedWeights(self.parameters, self.mesh.pp, tied, last)
         self._backend: ZeroBackend | None = None
         if optimize:
+            scaling = config.loss_scale if config.precision == "fp16" else None
             self._backend = make_backend(
-                config.zero, self.chunks, self.parameters, self.mesh, self.tp, self.ties, config.optimizer
+                config.zero,
+                self.chunks,
+                self.parameters,
+                self.mesh,
+                self.tp,
+                self.ties,
+                config.optimizer,
+                scaling,
+                config.seed,
             )
+            self._backend.attach(self.pipeline)
+        OPERATIONS.action = "between steps"
 
     @property
     def backend(self) -> ZeroBackend:
         assert self._backend is not None, "an engine for evaluation has no optimizer"
         return self._backend
 
-    def train_step(self, batch: StepBatch, lr: float) -> tuple[Tensor, StepResult]:
-        """One optimizer step. The loss is this rank's part of the mean over the global batch: see `mean_losses`."""
-        self.backend.zero_grad()
-        loss = self.pipeline.train(self._on_device(batch), 1.0 / max(batch.loss_tokens, 1))
-        return loss / max(batch.loss_tokens, 1), self.backend.step(lr)
+    def train_step(self, batch: StepBatch, lr: float, record: bool = False) -> tuple[Tensor, StepResult]:
+        """One optimizer step. The loss is this rank's part of the mean over the global batch: see `mean_losses`.
+
+        With `record`, `pipeline.timeline()` says afterwards what was computed when.
+        """
+        self.backend.zero_grad(len(batch.micro_batches))
+        tokens = max(batch.loss_tokens, 1)
+        scale = self.backend.loss_scale / tokens
+        loss = self.pipeline.train(self._on_device(batch), scale, record)
+        OPERATIONS.action = "optimizer step"
+        result = self.backend.step(lr)
+        OPERATIONS.action = "between steps"
+        return loss / tokens, result
 
     def evaluate(self, batches: Iterable[StepBatch]) -> float:
         """Mean loss per token with loss, the same on every rank. Collective."""
@@ -64,8 +92,10 @@ class Engine:
     def mean_losses(self, parts: list[Tensor]) -> list[float]:
         """Global losses from every rank's parts: the one place where they leave the device. Collective."""
         stacked = torch.stack(parts)
+        OPERATIONS.action = "mean of the losses"
         self.mesh.dp.all_reduce(stacked)
-        self.mesh.pp.all_reduce(stacked)  # only the last stage's part is not zero
+        self.mesh.pp.all_reduce(stacked)  # only the part of the rank where the model ends is not zero
+        OPERATIONS.action = "between steps"
         return [float(x) for x in stacked.tolist()]
 
     def _on_device(self, batch: StepBatch) -> list[MicroBatch]:

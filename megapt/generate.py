@@ -117,7 +117,7 @@ def continue_tokens(
         if logits is not None:
             choice = _draw(logits[0, len(made) - 1].double(), temperature, top_k, key, len(made) + dropped)
         if engine.mesh.pp.size > 1:
-            dist.broadcast(choice, engine.mesh.pp.global_rank(engine.mesh.pp.size - 1), group=engine.mesh.pp.group)
+            dist.broadcast(choice, engine.mesh.pp.global_rank(engine.pipeline.last_rank), group=engine.mesh.pp.group)
         made.append(int(choice))
         if made[-1] == end:
             break

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+
 from megapt.config import Config
 from megapt.mesh import ParallelMesh
-from megapt.plan.memory import stage_memory
+from megapt.parallel.pipeline.stages import split_layers
+from megapt.plan.memory import StageMemory, stage_memory
 
 
 def print_summary(
@@ -34,6 +39,10 @@ def print_summary(
     schedule = f", {parallel.schedule}" + (f" with {parallel.chunks} chunks" if parallel.chunks > 1 else "")
     table.add_row("layout", layout + sequence + (schedule if mesh.pp.size > 1 else ""))
     table.add_row("model", f"{parameters:,} parameters, {model.layers} layers, {config.precision}")
+    if parallel.virtual_stages > 1:
+        table.add_row("split", f"{layout_text(config)} layers per virtual stage, {_reason(config)}")
+    if config.recompute.policy != "none":
+        table.add_row("recompute", _recompute(config, stages))
     for rank, stage in enumerate(stages):
         layers = " + ".join(f"{r.start}-{r.stop - 1}" if r else "none" for r in stage.layers)
         parts = ("weights", "gradients", "optimizer", "activations")
@@ -59,21 +68,48 @@ def print_summary(
     Console(width=120, highlight=False).print(table)
 
 
+def layout_text(config: Config) -> str:
+    """The layers of each virtual stage, as `parallel.layers_per_stage` takes them: 3,4*6,3."""
+    runs = [(count, len(list(same))) for count, same in groupby(len(layers) for layers in split_layers(config))]
+    return ",".join(str(count) if times == 1 else f"{count}*{times}" for count, times in runs)
+
+
+def _reason(config: Config) -> str:
+    if config.parallel.layers_per_stage is not None:
+        return "as given"
+    return "balanced by " + ("layer_costs" if config.parallel.layer_costs else "FLOPs") + " with the output projection"
+
+
+def _recompute(config: Config, stages: Sequence[StageMemory]) -> str:
+    """Layers of each pipeline rank by what they compute again."""
+    mixes = []
+    for stage in stages:
+        count = Counter(policy for chunk in stage.policies for policy in chunk)
+        parts = [f"{count[policy]} {policy}" for policy in ("full", "selective", "none") if count[policy]]
+        mixes.append(" + ".join(parts))
+    runs, first = [], 0
+    for mix, same in groupby(mixes):
+        last = first + len(list(same)) - 1
+        runs.append(f"{mix} on " + (f"rank {first}" if first == last else f"ranks {first}-{last}"))
+        first = last + 1
+    recompute = config.recompute
+    within = f" within {recompute.budget:g} GiB" if recompute.budget is not None else ""
+    return f"{recompute.policy}{within}; layers: " + ", ".join(runs)
+
+
 def kernels(config: Config, mesh: ParallelMesh) -> list[str]:
     """Which implementation computes what on this device in this precision, in words."""
     model, cpu = config.model, mesh.device.type == "cpu"
     rotary = model.position == "rope"
-    if cpu:
-        attention = "torch's blockwise flash kernel for CPUs" + (", rotary positions on the way in" if rotary else "")
-    else:
-        attention = f"torch scaled_dot_product_attention in {config.precision}" + (
-            ", rotary positions before it" if rotary else ""
-        )
-    if model.norm == "layer_norm":
-        norm = "LayerNorm: torch"
-    else:
-        norm = "RMSNorm: megapt, in blocks of rows" if cpu else "RMSNorm: torch"
+    kernel = "torch's blockwise flash kernel for CPUs" if cpu else "torch scaled_dot_product_attention"
+    turned = ", compiled" if config.compile else " on the way in" if cpu else " before it"
+    attention = f"{kernel} in {config.precision}" + (f", rotary positions{turned}" if rotary else "")
+    norm = "LayerNorm: torch" if model.norm == "layer_norm" else "RMSNorm: torch"
     mlp = model.activation + (", recomputed in the backward pass: megapt" if model.gated else ": torch")
+    if config.compile:
+        norm, mlp = f"{norm}, compiled", f"{model.activation}: torch, compiled"
+    elif cpu and model.norm == "rms_norm":
+        norm = "RMSNorm: megapt, in blocks of rows"
     wide = "fp64" if config.precision == "fp64" else "fp32"
     return [
         f"attention: {attention}",

@@ -9,7 +9,8 @@ import torch
 
 from megapt.config import from_tree
 from megapt.mesh import Axis, ParallelMesh
-from megapt.summary import kernels
+from megapt.plan.memory import stage_memory
+from megapt.summary import _recompute, kernels, layout_text
 from tests.distributed.layouts import GPT2, LLAMA, tree
 
 
@@ -21,7 +22,7 @@ def _kernels(model: dict[str, Any], device: str, **more: Any) -> str:
 
 def test_kernels_of_the_cpu_and_of_a_gpu() -> None:
     cpu, gpu = _kernels(LLAMA, "cpu", precision="bf16"), _kernels(LLAMA, "cuda", precision="bf16")
-    assert "flash kernel for CPUs, rotary" in cpu and "RMSNorm: megapt" in cpu
+    assert "flash kernel for CPUs in bf16, rotary" in cpu and "RMSNorm: megapt" in cpu
     assert "scaled_dot_product_attention in bf16, rotary" in gpu and "RMSNorm: torch" in gpu
     for text in (cpu, gpu):
         assert "gated silu, recomputed in the backward pass: megapt" in text and "softmax in fp32" in text
@@ -39,3 +40,24 @@ def test_kernels_of_a_gpt() -> None:
 )
 def test_precision_of_the_reduction(precision: str, zero: tuple[str, int], reduced: str) -> None:
     assert _kernels(LLAMA, "cpu", precision=precision, zero=zero).endswith(f"gradient reduction: {reduced}")
+
+
+def test_compiled_chains_are_named() -> None:
+    mesh = ParallelMesh(*[Axis(0, 1, None)] * 4, 0, 1, torch.device("cpu"))
+    text = "; ".join(kernels(from_tree(tree(LLAMA) | {"compile": True}).config, mesh))
+    assert "rotary positions, compiled" in text and "RMSNorm: torch, compiled" in text
+    assert "MLP's gated silu: torch, compiled" in text and "megapt, in blocks of rows" not in text
+
+
+def test_the_split_is_printed_as_it_can_be_given() -> None:
+    config = from_tree(tree(LLAMA | {"layers": 9}, pp=4, layers_per_stage="3, 2,2*2")).config
+    assert layout_text(config) == "3,2*3"
+    balanced = from_tree(tree(LLAMA | {"layers": 9}, pp=4)).config
+    again = from_tree(tree(LLAMA | {"layers": 9}, pp=4, layers_per_stage=layout_text(balanced))).config
+    assert layout_text(again) == layout_text(balanced)
+
+
+def test_what_is_computed_again_is_printed_by_rank() -> None:
+    plain = tree(LLAMA | {"layers": 9}, pp=4, layers_per_stage="3,2*3") | {"recompute": {"policy": "full", "layers": 2}}
+    config = from_tree(plain).config
+    assert _recompute(config, stage_memory(config, 1)) == "full; layers: 2 full + 1 none on rank 0, 2 full on ranks 1-3"

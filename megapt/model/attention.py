@@ -44,8 +44,8 @@ def attention(
         return _varlen(q, k, v, documents, causal).flatten(1)
     rows = []
     for run in _runs(lengths):
-        part = (t[run.tokens].unflatten(0, run.shape).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(*part, is_causal=causal, enable_gqa=heads != kv_heads)
+        run_q, run_k, run_v = (_as_batch(t, run) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(run_q, run_k, run_v, is_causal=causal, enable_gqa=heads != kv_heads)
         rows.append(y.transpose(1, 2).flatten(0, 1).flatten(1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 

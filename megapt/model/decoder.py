@@ -6,7 +6,8 @@ tokens, T = B x S (this rank's part of T between tensor-parallel regions under s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,49 +17,77 @@ from torch.autograd import Function
 
 from megapt.batch import MicroBatch
 from megapt.config import ModelConfig
-from megapt.model.attention import causal_attention
+from megapt.model.attention import attention
 from megapt.model.blocks import row_blocks
+from megapt.model.compiled import chain, turned
 from megapt.model.norms import make_norm
-from megapt.model.positions import Rotary, rotary_table
+from megapt.model.positions import Rotary, at_positions, rotary_table
+from megapt.model.recompute import Policy, drop_all, drop_output, keep_input
+from megapt.parallel.loss import LossSettings, VocabularyHead
 from megapt.parallel.tensor import (
+    Again,
     ColumnParallelLinear,
     ParameterFactory,
     RowParallelLinear,
     VocabularyEmbedding,
-    VocabularyHead,
 )
 from megapt.parameters import Parameter
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (arXiv 2305.13245), this rank's heads only."""
+    """Self-attention with grouped key/value heads (arXiv 2305.13245), this rank's heads only."""
 
-    def __init__(self, model: ModelConfig, factory: ParameterFactory, at: str) -> None:
+    def __init__(self, model: ModelConfig, factory: ParameterFactory, at: str, compiled: bool = False) -> None:
         super().__init__()
+        self.compiled = compiled
         self.qkv = ColumnParallelLinear(factory, f"{at}.q", f"{at}.k", f"{at}.v")
         self.out = RowParallelLinear(factory, f"{at}.out")
         self.heads, self.kv_heads = (w // model.head_width for w in self.qkv.widths[:2])
+        self.causal = model.attention == "causal"
 
-    def forward(self, x: Tensor, batch: int, rotary: Rotary | None) -> Tensor:
-        return self.out(causal_attention(self.qkv(x), batch, self.heads, self.kv_heads, rotary))
+    def forward(
+        self, x: Tensor, batch: MicroBatch, rotary: Rotary | None, again: Again | None = None, drop: bool = False
+    ) -> Tensor:
+        def core(qkv: Tensor) -> Tensor:
+            rows, turning, angles = len(batch.tokens), self.heads + self.kv_heads, rotary
+            if self.compiled and angles is not None:
+                width = qkv.shape[1] // (turning + self.kv_heads)
+                qkv, angles = chain(turned)(qkv, *angles, rows, turning, width), None
+            return attention(qkv, rows, self.heads, self.kv_heads, angles, self.causal, batch.documents)
+
+        y, y_again = drop_all(core, self.qkv(x, again), drop)
+        return self.out(y, y_again)
 
 
 class MLP(nn.Module):
     """Plain, or gated (arXiv 2002.05202)."""
 
-    def __init__(self, model: ModelConfig, factory: ParameterFactory, at: str) -> None:
+    def __init__(self, model: ModelConfig, factory: ParameterFactory, at: str, compiled: bool = False) -> None:
         super().__init__()
-        self.gated, self.activation = model.gated, model.activation
+        self.gated, self.activation, self.compiled = model.gated, model.activation, compiled
         self.up = ColumnParallelLinear(factory, *([f"{at}.gate"] if model.gated else []), f"{at}.up")
         self.down = RowParallelLinear(factory, f"{at}.down")
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.up(x)
-        return self.down(_Gated.apply(y, self.activation) if self.gated else _activate(y, self.activation))
+    def forward(
+        self, x: Tensor, again: Again | None = None, drop: bool = False, graph_only: bool = False
+    ) -> Tensor:
+        y, y_again = drop_output(self._activate, self.up(x, again), drop)
+        return self.down(y, y_again, graph_only)
+
+    def _activate(self, y: Tensor) -> Tensor:
+        if self.compiled:
+            return chain(gated if self.gated else _activate)(y, self.activation)
+        return _Gated.apply(y, self.activation) if self.gated else _activate(y, self.activation)
+
+
+def gated(y: Tensor, activation: str) -> Tensor:
+    """activation(gate) x up of [gate, up] as [T, 2F] -> [T, F], by plain operations."""
+    gate, up = y.chunk(2, dim=-1)
+    return _activate(gate, activation) * up
 
 
 class _Gated(Function):
-    """activation(gate) x up of [gate, up] as [T, 2F] -> [T, F].
+    """`gated`, in place of a compiler.
 
     The activation is computed again in the backward pass rather than kept, and both gradients land in one tensor.
     """
@@ -98,17 +127,40 @@ _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 class Layer(nn.Module):
-    def __init__(self, model: ModelConfig, factory: ParameterFactory, index: int) -> None:
-        super().__init__()
-        at = f"layers.{index}"
-        self.attention_norm = make_norm(model, factory, f"{at}.attention_norm")
-        self.attention = Attention(model, factory, f"{at}.attention")
-        self.mlp_norm = make_norm(model, factory, f"{at}.mlp_norm")
-        self.mlp = MLP(model, factory, f"{at}.mlp")
+    """Attention and MLP, each behind a norm and added to the residual stream x_TH.
 
-    def forward(self, x: Tensor, batch: int, rotary: Rotary | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), batch, rotary)
-        return x + self.mlp(self.mlp_norm(x))
+    recompute: what its backward computes again rather than finds kept.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        factory: ParameterFactory,
+        index: int,
+        recompute: Policy = "none",
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.recompute = recompute
+        at = f"layers.{index}"
+        self.attention_norm = make_norm(model, factory, f"{at}.attention_norm", compiled)
+        self.attention = Attention(model, factory, f"{at}.attention", compiled)
+        self.mlp_norm = make_norm(model, factory, f"{at}.mlp_norm", compiled)
+        self.mlp = MLP(model, factory, f"{at}.mlp", compiled)
+
+    def forward(self, x: Tensor, batch: MicroBatch, rotary: Rotary | None) -> Tensor:
+        if self.recompute != "full" or not torch.is_grad_enabled():
+            return self._whole(x, batch, rotary)
+        whole = partial(self._whole, batch=batch, rotary=rotary)
+        return keep_input(whole, partial(whole, graph_only=True), x)
+
+    def _whole(self, x: Tensor, batch: MicroBatch, rotary: Rotary | None, graph_only: bool = False) -> Tensor:
+        """With `graph_only` the last product, which no backward needs, is left out."""
+        drop = self.recompute == "selective"
+        y, again = drop_output(self.attention_norm, x, drop)
+        x = x + self.attention(y, batch, rotary, again, drop)
+        y, again = drop_output(self.mlp_norm, x, drop)
+        return x + self.mlp(y, again, drop, graph_only)
 
 
 class Embedding(nn.Module):
@@ -121,11 +173,13 @@ class Embedding(nn.Module):
         if model.position == "learned":
             (self.positions,) = factory("positions.weight")
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        x = self.tokens(tokens_BS.flatten())
+    def forward(self, batch: MicroBatch) -> Tensor:
+        x = self.tokens(batch.tokens.flatten())
         if self.positions is not None:
-            batch, sequence = tokens_BS.shape
-            where = torch.arange(sequence, device=tokens_BS.device).repeat(batch)
+            rows, sequence = batch.tokens.shape
+            where = torch.arange(sequence, device=x.device).repeat(rows)
+            if batch.documents is not None:
+                where = batch.documents.positions
             x = x + F.embedding(self.tokens.tp.local_tokens(where), self.positions)
         return x
 
@@ -133,10 +187,12 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """Final norm, output projection and loss."""
 
-    def __init__(self, model: ModelConfig, factory: ParameterFactory) -> None:
+    def __init__(
+        self, model: ModelConfig, factory: ParameterFactory, settings: LossSettings, compiled: bool = False
+    ) -> None:
         super().__init__()
-        self.norm = make_norm(model, factory, "norm")
-        self.output = VocabularyHead(factory)
+        self.norm = make_norm(model, factory, "norm", compiled)
+        self.output = VocabularyHead(factory, settings)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         h = self.norm(x)
@@ -148,25 +204,58 @@ class DecoderChunk(nn.Module):
 
     `forward` takes the previous chunk's output x_TH (None on the first chunk, which reads the batch's tokens) and gives
     x_TH, or on the last chunk the summed loss of the labels (logits [T, vocabulary] if there are none).
+
+    recompute: what each layer computes again in the backward pass; default: nothing. compiled: whether torch compiles
+    what lies between the parallel layers. before: called with the
+    embedding, each layer and the head right before it runs; set where its weights may still be on their way.
     """
 
     def __init__(
-        self, model: ModelConfig, factory: ParameterFactory, layers: Sequence[int], first: bool, last: bool
+        self,
+        model: ModelConfig,
+        factory: ParameterFactory,
+        layers: Sequence[int],
+        first: bool,
+        last: bool,
+        settings: LossSettings | None = None,
+        recompute: Sequence[Policy] | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.first, self.last = model, first, last
         self.embedding = Embedding(model, factory) if first else None
-        self.layers = nn.ModuleList(Layer(model, factory, index) for index in layers)
-        self.head = Head(model, factory) if last else None
+        policies = recompute or ["none"] * len(layers)
+        self.layers = nn.ModuleList(
+            Layer(model, factory, index, policy, compiled) for index, policy in zip(layers, policies, strict=True)
+        )
+        settings = settings or LossSettings(model.logit_softcap)
+        self.head = Head(model, factory, settings, compiled) if last else None
+        self.before: Callable[[nn.Module], None] | None = None
 
     def forward(self, x: Tensor | None, batch: MicroBatch) -> Tensor:
+        before = self.before or _nothing
         if self.embedding is not None:
-            x = self.embedding(batch.tokens)
+            before(self.embedding)
+            x = self.embedding(batch)
         assert x is not None
-        rows, sequence = batch.tokens.shape
-        rotary = None
-        if self.model.position == "rope":
-            rotary = rotary_table(self.model, sequence, x.device, torch.promote_types(x.dtype, torch.float32))
+        rotary = self._rotary(x, batch)
         for layer in self.layers:
-            x = layer(x, rows, rotary)
-        return x if self.head is None else self.head(x, batch.labels)
+            before(layer)
+            x = layer(x, batch, rotary)
+        if self.head is None:
+            return x
+        before(self.head)
+        return self.head(x, batch.labels)
+
+    def _rotary(self, x: Tensor, batch: MicroBatch) -> Rotary | None:
+        if self.model.position != "rope":
+            return None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        table = rotary_table(self.model, batch.tokens.shape[1], x.device, wide)
+        if batch.documents is None:
+            return table
+        return at_positions(table, batch.documents.positions.view_as(batch.tokens))
+
+
+def _nothing(module: nn.Module) -> None:
+    pass

@@ -11,16 +11,19 @@ from torch.autograd import Function
 
 from megapt.config import ModelConfig
 from megapt.model.blocks import row_blocks
+from megapt.model.compiled import chain, layer_norm, rms_norm
 from megapt.parallel.tensor import ParameterFactory
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, model: ModelConfig, factory: ParameterFactory, name: str) -> None:
+    def __init__(self, model: ModelConfig, factory: ParameterFactory, name: str, compiled: bool = False) -> None:
         super().__init__()
-        self.eps = model.norm_eps
+        self.eps, self.compiled = model.norm_eps, compiled
         (self.weight,) = factory(f"{name}.weight")
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compiled:
+            return chain(rms_norm)(x, self.weight, self.eps)
         if x.device.type == "cpu":
             return _CpuRMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -62,15 +65,17 @@ class _CpuRMSNorm(Function):
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, model: ModelConfig, factory: ParameterFactory, name: str) -> None:
+    def __init__(self, model: ModelConfig, factory: ParameterFactory, name: str, compiled: bool = False) -> None:
         super().__init__()
-        self.eps = model.norm_eps
+        self.eps, self.compiled = model.norm_eps, compiled
         (self.weight,) = factory(f"{name}.weight")
         (self.bias,) = factory(f"{name}.bias")
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compiled:
+            return chain(layer_norm)(x, self.weight, self.bias, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def make_norm(model: ModelConfig, factory: ParameterFactory, name: str) -> nn.Module:
-    return (RMSNorm if model.norm == "rms_norm" else LayerNorm)(model, factory, name)
+def make_norm(model: ModelConfig, factory: ParameterFactory, name: str, compiled: bool = False) -> nn.Module:
+    return (RMSNorm if model.norm == "rms_norm" else LayerNorm)(model, factory, name, compiled)

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megapt.mesh import Axis
+from megapt.mesh import Axis, receive, send
 from megapt.parallel.tensor import TensorParallel
 from megapt.parameters import Parameter, Partial
 
@@ -49,36 +48,39 @@ def finalize(parameters: Sequence[Parameter], tp: TensorParallel, ties: TiedWeig
 
 
 class TiedWeights:
-    """The bond between a tied parameter on its owner's stage and its copy on the last stage.
+    """The bond between a tied parameter on its owner's stage, the first, and its copy where the model ends.
 
     The copy sends its gradient, the owner alone is optimized and sends its new value: the two cannot drift apart,
-    and the copy costs no optimizer state.
+    and the copy costs no optimizer state. Where the model begins and ends on one rank there is one parameter.
+
+    last: the pipeline rank where the model ends; default: the last.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], pp: Axis, tied: bool) -> None:
-        self.axis = pp
+    def __init__(self, parameters: Sequence[Parameter], pp: Axis, tied: bool, last: int | None = None) -> None:
+        self.axis, self.last = pp, pp.size - 1 if last is None else last
         self.parameter: Parameter | None = None
-        if tied and self.axis.size > 1 and self.axis.rank in (0, self.axis.size - 1):
+        if tied and self.last != 0 and self.axis.rank in (0, self.last):
             (self.parameter,) = (p for p in parameters if p.spec.has_copy or p.spec.tied_to is not None)
 
     def collect(self) -> None:
         """Add the copy's gradient to the owner's."""
-        self._send(lambda p: p.main_grad, back=True, receive=lambda p, got: p.main_grad.add_(got))
+        self._send(lambda p: p.main_grad, back=True, take=lambda p, got: p.main_grad.add_(got))
 
     def share(self) -> None:
         """Give the owner's value to the copy."""
-        self._send(lambda p: p.data, back=False, receive=lambda p, got: p.data.copy_(got))
+        self._send(lambda p: p.data, back=False, take=lambda p, got: p.data.copy_(got))
 
     def _send(
-        self, what: Callable[[Parameter], Tensor], back: bool, receive: Callable[[Parameter, Tensor], Tensor]
+        self, what: Callable[[Parameter], Tensor], back: bool, take: Callable[[Parameter, Tensor], Tensor]
     ) -> None:
         if self.parameter is None:
             return
         tensor = what(self.parameter).contiguous()
-        source, target = (self.axis.size - 1, 0) if back else (0, self.axis.size - 1)
+        source, target = (self.last, 0) if back else (0, self.last)
+        content = "gradient of the tied weight" if back else "tied weight"
         if self.axis.rank == source:
-            dist.send(tensor, self.axis.global_rank(target), group=self.axis.group)
+            send(tensor, self.axis.global_rank(target), self.axis.group, content).wait()
         else:
             buffer = torch.empty_like(tensor)
-            dist.recv(buffer, self.axis.global_rank(source), group=self.axis.group)
-            receive(self.parameter, buffer)
+            receive(buffer, self.axis.global_rank(source), self.axis.group, content).wait()
+            take(self.parameter, buffer)

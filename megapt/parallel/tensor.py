@@ -9,26 +9,30 @@ all-reduce. In the backward pass the collectives run while the weight gradient i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from megapt.batch import IGNORE
-from megapt.mesh import Axis, all_gather, reduce_scatter
+from megapt.mesh import Axis, all_gather, all_reduce, reduce_scatter
+from megapt.parallel.weight_gradients import Finish, WeightGradient, WeightGradients
 from megapt.parameters import Parameter, ParameterTable, initialise_
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How the layers of this rank are cut: its place on the tp axis, and whether tokens are cut between regions."""
+    """How the layers of this rank are cut: its place on the tp axis, and whether tokens are cut between regions.
+
+    weight_gradients: whether their weights' gradients are computed in the backward pass or put off.
+    """
 
     axis: Axis
     sequence: bool = False
+    weight_gradients: WeightGradients = field(default_factory=WeightGradients, compare=False)
 
     def _gathered(self, x: Tensor) -> Tensor:
         return x.new_empty(x.shape[0] * self.axis.size, *x.shape[1:])
@@ -36,15 +40,14 @@ class TensorParallel:
     def start_gather(self, x: Tensor) -> tuple[Tensor, Callable[[], Any]]:
         """All tokens of all ranks, and the wait after which they are there."""
         out = self._gathered(x)
-        work = all_gather(out, x.contiguous(), group=self.axis.group, async_op=True)
-        return out, work.wait
+        return out, all_gather(out, x.contiguous(), group=self.axis.group, async_op=True).wait
 
     def start_reduce(self, x: Tensor) -> tuple[Tensor, Callable[[], Any]]:
         """The sum over ranks (in place), or this rank's tokens of it under sequence parallelism."""
         if self.axis.size == 1:
             return x, _nothing
         if not self.sequence:
-            return x, dist.all_reduce(x, group=self.axis.group, async_op=True).wait
+            return x, all_reduce(x, group=self.axis.group, async_op=True).wait
         out = x.new_empty(x.shape[0] // self.axis.size, *x.shape[1:])
         return out, reduce_scatter(out, x, group=self.axis.group, async_op=True).wait
 
@@ -132,53 +135,115 @@ def fused(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((sum(t.shape[0] for t in tensors), *first.shape[1:]), first.stride())
 
 
+Again = Callable[[], Tensor]
+"""Computes an activation again that was not kept."""
+
+
+def _kept(ctx: Any, x: Tensor, again: Again | None, *parameters: Tensor) -> None:
+    """Keep a linear layer's input, or only the way to it."""
+    ctx.again = again
+    ctx.save_for_backward(*parameters, *([x] if again is None else []))
+
+
+def _input(ctx: Any) -> Tensor:
+    if ctx.again is None:
+        return ctx.saved_tensors[-1]
+    x, ctx.again = ctx.again(), None
+    return x
+
+
 class _Column(Function):
     """y = gather(x) [W1; W2; ...]^T + [b1; b2; ...]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel, weights: int, *parameters: Tensor) -> Tensor:
-        ctx.tp, ctx.weights = tp, weights
-        ctx.save_for_backward(x, *parameters)
+    def forward(
+        ctx: Any, x: Tensor, tp: TensorParallel, again: Again | None, weights: int, *parameters: Tensor
+    ) -> Tensor:
+        ctx.tp, ctx.weights, ctx.parameters = tp, weights, len(parameters)
+        _kept(ctx, x, again, *parameters)
         bias = fused(parameters[weights:]) if len(parameters) > weights else None
         return F.linear(tp.gather(x), fused(parameters[:weights]), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, *parameters = ctx.saved_tensors
+        parameters = ctx.saved_tensors[: ctx.parameters]
         tp: TensorParallel = ctx.tp
         weights, biases = parameters[: ctx.weights], parameters[ctx.weights :]
-        wait_x: Callable[[], Any] = _nothing
-        if tp.axis.size > 1 and tp.sequence:
-            x, wait_x = tp.start_gather(x)
-        dx, wait_dx = tp.start_reduce(grad @ fused(weights)) if ctx.needs_input_grad[0] else (None, _nothing)
-        wait_x()
-        dw = (grad.t() @ x).split([w.shape[0] for w in weights])
+        start = partial(_column_weights, tp, _input(ctx), grad, [w.shape[0] for w in weights])
+        dw: Sequence[Tensor | None] = [None] * len(weights)
+        dx, wait_dx = None, _nothing
+        finish = None
+        if tp.weight_gradients.deferred:
+            tp.weight_gradients.push(WeightGradient(weights, start))
+        else:
+            finish = start()
+        if ctx.needs_input_grad[0]:
+            dx, wait_dx = tp.start_reduce(grad @ fused(weights))
+        if finish is not None:
+            dw = finish()
         db = grad.sum(0).split([b.shape[0] for b in biases]) if biases else ()
         wait_dx()
-        return dx, None, None, *dw, *db
+        return dx, None, None, None, *dw, *db
+
+
+def _column_weights(tp: TensorParallel, x: Tensor, grad: Tensor, rows: list[int]) -> Finish:
+    """Gradients of weights with `rows` rows each, for the input x (this rank's tokens) and the output's gradient."""
+    wait: Callable[[], Any] = _nothing
+    if tp.axis.size > 1 and tp.sequence:
+        x, wait = tp.start_gather(x)
+
+    def finish() -> Sequence[Tensor]:
+        wait()
+        return (grad.t() @ x).split(rows)
+
+    return finish
 
 
 class _Row(Function):
     """y = reduce(x W^T): the sum over tensor ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, tp: TensorParallel, again: Again | None, graph_only: bool, weight: Tensor
+    ) -> Tensor:
         ctx.tp = tp
-        ctx.save_for_backward(x, weight)
+        _kept(ctx, x, again, weight)
+        if graph_only:
+            return x.new_zeros(()).expand(tp.local_tokens(x).shape[0], weight.shape[0])
         return tp.reduce(F.linear(x, weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        grad = ctx.tp.gather(grad)
-        return grad @ weight, None, grad.t() @ x
+        weight, tp = ctx.saved_tensors[0], ctx.tp
+        local, wait = grad, _nothing
+        if tp.axis.size > 1 and tp.sequence:
+            grad, wait = tp.start_gather(grad)
+        x = _input(ctx)  # computed again, where it is, while the gradient is on its way
+        wait()
+        if not tp.weight_gradients.deferred:
+            return grad @ weight, None, None, None, grad.t() @ x
+        tp.weight_gradients.push(WeightGradient([weight], partial(_row_weight, tp, x, local)))
+        return grad @ weight, None, None, None, None
+
+
+def _row_weight(tp: TensorParallel, x: Tensor, grad: Tensor) -> Finish:
+    """Gradient of a weight for the input x and the output's gradient (this rank's tokens)."""
+    wait: Callable[[], Any] = _nothing
+    if tp.axis.size > 1 and tp.sequence:
+        grad, wait = tp.start_gather(grad)
+
+    def finish() -> Sequence[Tensor]:
+        wait()
+        return (grad.t() @ x,)
+
+    return finish
 
 
 class ColumnParallelLinear(nn.Module):
     """Several projections of one input, each cut by output rows, multiplied as one: x_TH -> y_TN, N local.
 
     `names` are global prefixes such as `layers.3.attention.q`. The backward all-reduce (or reduce-scatter) of the
-    input's gradient overlaps with the weight gradients.
+    input's gradient overlaps with the weight gradients. Where the input can be had `again`, it is not kept.
     """
 
     def __init__(self, factory: ParameterFactory, *names: str) -> None:
@@ -191,12 +256,16 @@ class ColumnParallelLinear(nn.Module):
         for index, parameter in enumerate([*weights, *biases]):
             self.register_parameter(f"p{index}", parameter)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _Column.apply(x, self.tp, self.weights, *self._parameters.values())
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        return _Column.apply(x, self.tp, again, self.weights, *self._parameters.values())
 
 
 class RowParallelLinear(nn.Module):
-    """A projection cut by input columns, x_TK (K local) -> y_TH summed over tensor ranks, plus a whole bias."""
+    """A projection cut by input columns, x_TK (K local) -> y_TH summed over tensor ranks, plus a whole bias.
+
+    Where the input can be had `again`, it is not kept. With `graph_only` the product is left out (the result is zeros):
+    for a layer computed again in the backward pass, which needs what leads to its output, not the output.
+    """
 
     def __init__(self, factory: ParameterFactory, name: str) -> None:
         super().__init__()
@@ -205,8 +274,8 @@ class RowParallelLinear(nn.Module):
         bias = factory.optional(f"{name}.bias")
         self.bias = bias[0] if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = _Row.apply(x, self.tp, self.weight)
+    def forward(self, x: Tensor, again: Again | None = None, graph_only: bool = False) -> Tensor:
+        y = _Row.apply(x, self.tp, again, graph_only, self.weight)
         return y if self.bias is None else y + self.bias
 
 
@@ -242,121 +311,3 @@ class VocabularyEmbedding(nn.Module):
         outside = (local < 0) | (local >= self.shard.length)
         x = F.embedding(local.masked_fill(outside, 0), self.weight)
         return _Reduce.apply(x.masked_fill(outside.unsqueeze(-1), 0), self.tp)
-
-
-class _LinearCrossEntropy(Function):
-    """Sum over tokens of -log softmax(h W^T)[label], the vocabulary cut over tensor ranks.
-
-    Logits exist for one block of tokens at a time. Their gradient is known as soon as they are, so it takes their
-    place and is turned into those of h and W at once, and the backward pass only scales: no logits are kept or
-    computed twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        tp: TensorParallel,
-        start: int,
-        length: int,
-        training: bool,
-    ) -> Tensor:
-        h = tp.gather(h)
-        wide = torch.promote_types(h.dtype, torch.float32)
-        dh = torch.empty_like(h) if training else None
-        dw: Tensor | None = None
-        total = torch.zeros((), dtype=wide, device=h.device)
-        block = min(max(1, _BLOCK_ELEMENTS[h.device.type == "cuda"] // weight.shape[0]), h.shape[0])
-        # Blocks share their memory: memory fresh from the system costs more than what is done in it.
-        buffer = h.new_empty(block, weight.shape[0])
-        scores = buffer if h.dtype == wide else torch.empty_like(buffer, dtype=wide)
-        for at in range(0, h.shape[0], block):
-            rows = slice(at, at + block)
-            size = h[rows].shape[0]
-            logits = torch.mm(h[rows], weight.t(), out=buffer[:size])
-            wide_logits = logits if scores is buffer else scores[:size]
-            total += _softmax_loss_(logits, wide_logits, labels[rows], tp, start, length, training)
-            if dh is not None:
-                torch.mm(logits, weight, out=dh[rows])
-                product = logits.t() @ h[rows]
-                dw = product.to(wide) if dw is None else dw.add_(product)
-        ctx.tp = tp
-        if dh is not None and dw is not None:
-            ctx.save_for_backward(tp.reduce(dh), dw)
-            ctx.dtype = weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        dh, dw = ctx.saved_tensors
-        # The scale, one over the number of tokens, must not be rounded to bf16: it would bias every gradient.
-        return (dh.to(dw.dtype) * grad).to(dh.dtype), (dw * grad).to(ctx.dtype), None, None, None, None, None, None
-
-
-# Logits per block, on the CPU and on a GPU: small enough for a cache, or large enough that reading the weight and
-# adding to its gradient once per block costs little beside the products.
-_BLOCK_ELEMENTS = (1 << 23, 1 << 28)
-
-
-def _softmax_loss_(
-    logits: Tensor, scores: Tensor, labels: Tensor, tp: TensorParallel, start: int, length: int, training: bool
-) -> Tensor:
-    """Loss summed over the tokens of a block of logits [T, V local], in whose place their gradient is left if training.
-
-    scores: memory [T, V local] in fp32 or wider to work in; logits itself if that is wide enough. Each rank's maximum,
-    sum of exponentials and target logit travel in one all-gather of [3, T].
-    """
-    logits[:, length:] = float("-inf")  # padded rows take no part
-    target = labels - start
-    mine = (target >= 0) & (target < length)
-    at = torch.arange(len(labels), device=labels.device), target.clamp(0, max(length - 1, 0))
-    picked = logits[at].to(scores.dtype).masked_fill(~mine, 0)
-    # A rank may hold padding only: its maximum is then -inf, which must not reach a difference of infinities.
-    top = logits.amax(1).to(scores.dtype).clamp_min(torch.finfo(scores.dtype).min)
-    if scores is not logits:
-        scores.copy_(logits)
-    scores.sub_(top.unsqueeze(1)).exp_()
-    stats = torch.stack([top, scores.sum(1), picked])
-    if tp.axis.size > 1:
-        every = stats.new_empty(tp.axis.size, *stats.shape)
-        all_gather(every.view(-1, stats.shape[1]), stats, group=tp.axis.group)
-    else:
-        every = stats.unsqueeze(0)
-    highest = every[:, 0].amax(0)
-    denominator = (every[:, 1] * (every[:, 0] - highest).exp()).sum(0)
-    losses = (highest - every[:, 2].sum(0)) + denominator.log()
-    counted = labels != IGNORE
-    if training:
-        scores *= ((top - highest).exp() / denominator * counted).unsqueeze(1)
-        scores[at] = torch.where(mine & counted, (-losses).expm1(), scores[at])
-        if scores is not logits:
-            logits.copy_(scores)
-    return (losses * counted).sum()
-
-
-class VocabularyHead(nn.Module):
-    """The output projection cut by vocabulary rows, with its loss."""
-
-    def __init__(self, factory: ParameterFactory) -> None:
-        super().__init__()
-        self.tp = factory.tp
-        (self.weight,) = factory("head.weight")
-        self.shard, self.vocabulary = self.weight.shard, self.weight.spec.shape[0]
-
-    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
-        """Loss SUMMED over tokens whose label is not -100: h_TH, labels [T] int64 of all tokens -> scalar (fp32)."""
-        # Asked here, since inside of the function gradients are always off.
-        training = torch.is_grad_enabled()
-        shard = self.shard
-        return _LinearCrossEntropy.apply(h, self.weight, labels, self.tp, shard.start, shard.length, training)
-
-    def logits(self, h: Tensor) -> Tensor:
-        """Whole logits [T, vocabulary] of all tokens on every tensor rank, for generation; no gradient."""
-        logits = self.tp.gather(h) @ self.weight.t()
-        if self.tp.axis.size > 1:
-            every = logits.new_empty(self.tp.axis.size, *logits.shape)
-            all_gather(every.view(-1, logits.shape[1]), logits, group=self.tp.axis.group)
-            logits = every.movedim(0, 1).flatten(1)
-        return logits[:, : self.vocabulary]

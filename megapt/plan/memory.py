@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from megapt.config import Config
+from megapt.errors import UserError
+from megapt.model.recompute import Policy
 from megapt.model.table import parameter_table
-from megapt.parallel.pipeline.actions import Placement
-from megapt.parallel.pipeline.check import check
-from megapt.parallel.pipeline.schedules import schedule
-from megapt.parallel.pipeline.stages import DTYPES, split_layers, stage_parameters
+from megapt.parallel.pipeline.actions import Kind
+from megapt.parallel.pipeline.schedules import Schedule, schedule
+from megapt.parallel.pipeline.stages import DTYPES, split_layers, stage_parameters, stage_placement
+
+Policies = list[list[Policy]]
+"""What each layer of each chunk of a rank computes again in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,7 @@ class StageMemory:
     """What one rank of a pipeline stage holds: parameters in elements, the rest in bytes."""
 
     layers: list[range]
+    policies: Policies
     parameters: int
     weights: int
     gradients: int
@@ -32,88 +40,227 @@ class StageMemory:
 def stage_memory(config: Config, data: int, cpu: bool = False) -> list[StageMemory]:
     """One entry per pipeline rank, of a run with `data` data-parallel ranks on GPUs, or on CPUs if `cpu`.
 
-    Gradients accumulate in full precision; masters count where weights are narrower. Activations are what the forward
-    of a chunk keeps for its backward, times the forwards that the schedule holds at its peak; buffers of collectives,
-    the allocator's waste and the libraries' own memory are left out.
+    Gradients accumulate in full precision; masters count where weights are narrower. Activations are what forwards
+    keep for their backwards, at the schedule's peak; buffers of collectives, the allocator's waste and the libraries'
+    own memory are left out.
+
+    Raises UserError where `recompute.budget` is too small.
     """
     model, parallel, zero = config.model, config.parallel, config.zero
-    layers = split_layers(model, parallel)
-    placement = Placement(parallel.pipeline, parallel.chunks)
+    layers, where = split_layers(config), stage_placement(config)
     width = DTYPES[config.precision].itemsize
     wide = max(width, 4)
     shards = data if zero.stage >= 1 else 1
-    activations = _activations(config, layers, data, cpu)
+    activations = Activations(config, data, cpu)
+    policies = activations.policies()
     stages = []
     for rank in range(parallel.pipeline):
-        virtual = [placement.virtual(rank, chunk) for chunk in range(parallel.chunks)]
-        count = sum(_local_elements(config, layers[v], v == 0, v == len(layers) - 1) for v in virtual)
+        virtual = [where.virtual(rank, chunk) for chunk in range(parallel.chunks)]
+        names = {
+            name
+            for v in virtual
+            for name in stage_parameters(model, layers[v], v == 0, v == where.virtual_stages - 1)
+        }
+        count = _local_elements(config, names)
         masters = 0 if width == wide else wide
         stages.append(
             StageMemory(
                 layers=[layers[v] for v in virtual],
+                policies=policies[rank],
                 parameters=count,
                 weights=count * width // (data if zero.stage == 3 else 1),
                 gradients=count * wide // (data if zero.stage >= 2 else 1),
                 optimizer=count * (2 * wide + masters) // shards,
-                activations=activations[rank],
+                activations=activations.peak(rank, policies[rank]),
             )
         )
     return stages
 
 
-def _local_elements(config: Config, layers: range, first: bool, last: bool) -> int:
+def layer_policies(config: Config, data: int, cpu: bool = False) -> list[Policies]:
+    """What the layers of each pipeline rank compute again, as `config.recompute` says or within its budget.
+
+    Raises UserError where `recompute.budget` is too small.
+    """
+    return Activations(config, data, cpu).policies()
+
+
+def _local_elements(config: Config, names: set[str]) -> int:
     table, parallel = parameter_table(config.model), config.parallel
     total = 0
-    for name in stage_parameters(config.model, layers, first, last):
+    for name in names:
         spec = table[name]
-        if spec.tied_to and first and last:
+        if spec.tied_to in names:
             continue  # the same tensor as its owner
-        shape = spec.shard(0, parallel.tensor, parallel.vocabulary_multiple).shape
-        total += math.prod(shape)
+        total += math.prod(spec.shard(0, parallel.tensor, parallel.vocabulary_multiple).shape)
     return total
 
 
-def _activations(config: Config, layers: list[range], data: int, cpu: bool) -> list[int]:
-    """Bytes per pipeline rank, given the layers of each virtual stage."""
-    model, parallel, batch = config.model, config.parallel, config.batch
-    placement = Placement(parallel.pipeline, parallel.chunks)
-    # The pipeline is full long before this many micro-batches; more change no peak.
-    steps = min(batch.global_samples // (batch.micro * data), 4 * parallel.pipeline)
-    peaks = check(schedule(parallel.schedule, parallel.pipeline, parallel.chunks, steps)).peak_live
+class Activations:
+    """What forwards keep for their backwards on each pipeline rank of a run."""
+
+    def __init__(self, config: Config, data: int, cpu: bool) -> None:
+        self.config, self.cpu = config, cpu
+        parallel, batch = config.parallel, config.batch
+        self.where = stage_placement(config)
+        layers = split_layers(config)
+        self.counts = [
+            [len(layers[self.where.virtual(rank, chunk)]) for chunk in range(parallel.chunks)]
+            for rank in range(parallel.pipeline)
+        ]
+        # The pipeline is full long before this many micro-batches; more change no peak.
+        steps = min(batch.global_samples // (batch.micro * data), 4 * parallel.pipeline)
+        self.schedule = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, steps)
+        self.layer = {policy: layer_activations(config, cpu, policy) for policy in _RANKED}
+
+    def policies(self) -> list[Policies]:
+        """One entry per rank; UserError where nothing keeps within the budget."""
+        recompute = self.config.recompute
+        if recompute.policy == "budget":
+            return [self._within_budget(rank) for rank in range(len(self.counts))]
+        policy, most = recompute.policy, recompute.layers
+        return [[_mix(n, {policy: n if most is None else most}) for n in counts] for counts in self.counts]
+
+    def peak(self, rank: int, policies: Policies) -> int:
+        """Bytes that a rank holds at most: of forwards whose backward is to come, of backwards whose weight gradients
+        are, and of the one layer that is being computed again."""
+        kept = [sum(self.layer[policy] for policy in chunk) for chunk in policies]
+        last = self.where.virtual_stages - 1
+        if self.where.rank(last) == rank:
+            kept[self.where.chunk(last)] += self._head()
+        deferred = [len(chunk) * deferred_activations(self.config) for chunk in policies]
+        again = max(self.layer["none"] - self.layer[policy] for chunk in policies for policy in chunk)
+        held = _held(self.schedule, rank) @ np.array(kept + deferred, dtype=np.int64)
+        return int(held.max()) + again
+
+    def _head(self) -> int:
+        """What the norm keeps, and the gradients of the projection's input and weight, which its forward makes."""
+        parallel = self.config.parallel
+        width = DTYPES[self.config.precision].itemsize
+        head = parameter_table(self.config.model)["head.weight"]
+        shape = head.shard(0, parallel.tensor, parallel.vocabulary_multiple).shape
+        return 2 * _stream(self.config) * width + _statistics(self.config, self.cpu) + math.prod(shape) * max(width, 4)
+
+    def _within_budget(self, rank: int) -> Policies:
+        """The mix of policies that computes least again, first layers most, the same in each chunk."""
+        budget, counts = int((self.config.recompute.budget or 0) * 2**30), self.counts[rank]
+        cost = {policy: _time_again(self.config, policy) for policy in _RANKED}
+        least = None
+        longest = max(counts)
+        amounts = [(full, selective) for full in range(longest + 1) for selective in range(longest + 1 - full)]
+        mixes = [[_mix(n, {"full": full, "selective": selective}) for n in counts] for full, selective in amounts]
+        for mix in sorted(mixes, key=lambda mix: sum(cost[policy] for chunk in mix for policy in chunk)):
+            peak = self.peak(rank, mix)
+            if peak <= budget:
+                return mix
+            least = peak if least is None else min(least, peak)
+        assert least is not None
+        raise UserError(
+            f"recompute.budget = {self.config.recompute.budget} GiB is too small for pipeline rank {rank}: with the "
+            f"{self.config.parallel.schedule} schedule it holds at least {least / 2**30 * 1.0005:.4g} GiB of "
+            "activations, whatever is computed again. Raise the budget to that, or take a smaller batch.micro, more "
+            "parallel.tensor, or more parallel.pipeline"
+        )
+
+
+_RANKED: tuple[Policy, ...] = ("full", "selective", "none")
+"""Policies, from the one that keeps least on."""
+
+# What a GPU multiplies and adds in the time in which it moves a byte: 150 to 300 on those of the last years.
+_FLOPS_PER_BYTE = 200
+
+
+def _mix(layers: int, amounts: dict[Policy, int]) -> list[Policy]:
+    """That many layers of each policy, in the order of `_RANKED`; what remains keeps everything."""
+    mixed = [policy for policy in _RANKED for _ in range(amounts.get(policy, 0))]
+    rest: list[Policy] = ["none"] * layers
+    return [*mixed, *rest][:layers]
+
+
+def _held(schedule: Schedule, rank: int) -> npt.NDArray[np.int64]:
+    """[actions, 2 x chunks]: after each, how many micro-batches of each chunk are kept for a backward, then for their
+    weights' gradients."""
+    chunks = schedule.placement.chunks
+    changes = np.zeros((len(schedule.actions[rank]), 2 * chunks), dtype=np.int64)
+    for row, action in zip(changes, schedule.actions[rank], strict=True):
+        row[action.chunk] = (action.kind is Kind.FORWARD) - (action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT))
+        row[chunks + action.chunk] = (action.kind is Kind.BACKWARD_INPUT) - (action.kind is Kind.BACKWARD_WEIGHT)
+    return changes.cumsum(0)
+
+
+def _tokens(config: Config) -> int:
+    return config.batch.micro * config.batch.sequence
+
+
+def _stream(config: Config) -> int:
+    """Elements of a tensor between tensor-parallel regions, such as the residual stream."""
+    between = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    return _tokens(config) // between * config.model.hidden
+
+
+def _statistics(config: Config, cpu: bool) -> int:
+    """Bytes of what a norm keeps beside its input: one number per token, or a LayerNorm two, on a CPU rounded."""
     width = DTYPES[config.precision].itemsize
-    stream = batch.micro * batch.sequence * model.hidden * width
-    if parallel.sequence_parallel:
-        stream //= parallel.tensor
-    per_layer = layer_activations(config, cpu)
-    totals = []
-    for rank, peak in enumerate(peaks):
-        virtual = [placement.virtual(rank, chunk) for chunk in range(parallel.chunks)]
-        # A chunk's output waits for its gradient; the last one's is the input of the head's norm.
-        average = sum(per_layer * len(layers[v]) + stream for v in virtual) / len(virtual)
-        totals.append(int(peak * average))
-    # The head keeps the gradients of its input and of its weight; its backward follows at once, so they exist once.
-    head = parameter_table(model)["head.weight"].shard(0, parallel.tensor, parallel.vocabulary_multiple)
-    totals[-1] += stream + math.prod(head.shape) * max(width, 4)
-    return totals
+    wide = max(width, 4)
+    per_token = wide if config.model.norm == "rms_norm" else 2 * (width if cpu else wide)
+    return per_token * _stream(config) // config.model.hidden
 
 
-def layer_activations(config: Config, cpu: bool) -> int:
+def _heads(config: Config) -> tuple[int, int]:
+    """Of a tensor rank: query heads, key/value heads; ranks beyond the key/value heads share them."""
+    tensor = config.parallel.tensor
+    return config.model.heads // tensor, max(1, config.model.num_kv_heads // tensor)
+
+
+def layer_activations(config: Config, cpu: bool, policy: Policy = "none") -> int:
     """Bytes that a tensor rank keeps of one layer's forward for its backward, for one micro-batch.
 
     That is, by what makes it: the residual stream and its normalised copy, for both norms; queries, keys and values
     as attention takes them, its result and one sum of exponentials per head; the MLP's first projection and the input
-    of its second. On a GPU turned queries and keys live beside the projection that the values are a view of.
+    of its second. On a GPU turned queries and keys live beside the projection that the values are a view of. With
+    `selective` what norms, attention and activation make is not kept, and the projection is as it was before turning;
+    with `full` only the stream at the layer's beginning is.
     """
-    model, parallel, tensor = config.model, config.parallel, config.parallel.tensor
-    tokens = config.batch.micro * config.batch.sequence
+    model, tensor = config.model, config.parallel.tensor
     width = DTYPES[config.precision].itemsize
-    wide = max(width, 4)
-    heads = model.heads // tensor
-    kv_heads = max(1, model.num_kv_heads // tensor)  # ranks beyond the key/value heads share them
+    stream = _stream(config) * width
+    if policy == "full":
+        return stream
+    heads, kv_heads = _heads(config)
+    statistics = _statistics(config, cpu)
+    projection = (heads + 2 * kv_heads) * model.head_width * width
+    up = (2 if model.gated else 1) * model.ffn // tensor * width
+    if policy == "selective":
+        return 2 * (stream + statistics) + _tokens(config) * (projection + up)
     turned = 0 if cpu or model.position != "rope" else heads + kv_heads
-    attention = (2 * heads + 2 * kv_heads + turned) * model.head_width * width + heads * wide
-    mlp = (3 if model.gated else 2) * model.ffn // tensor * width
-    statistics = (2 if model.norm == "layer_norm" else 1) * wide
-    stream = 2 * (2 * model.hidden * width + statistics)
-    between = tensor if parallel.sequence_parallel else 1
-    return tokens * (attention + mlp) + tokens // between * stream
+    attention = projection + (turned + heads) * model.head_width * width + heads * max(width, 4)
+    down = model.ffn // tensor * width
+    return 2 * (2 * stream + statistics) + _tokens(config) * (attention + up + down)
+
+
+def deferred_activations(config: Config) -> int:
+    """Bytes that a tensor rank keeps of one layer between BACKWARD_INPUT and BACKWARD_WEIGHT, for one micro-batch: the
+    input of each linear layer and the gradient of its output."""
+    model, tensor = config.model, config.parallel.tensor
+    heads, kv_heads = _heads(config)
+    attention = (2 * heads + 2 * kv_heads) * model.head_width
+    mlp = (3 if model.gated else 2) * model.ffn // tensor
+    return (4 * _stream(config) + _tokens(config) * (attention + mlp)) * DTYPES[config.precision].itemsize
+
+
+def _time_again(config: Config, policy: Policy) -> float:
+    """What a layer's backward computes in addition, in FLOPs; bytes moved by cheap operations count as many."""
+    if policy == "none":
+        return 0.0
+    model, tensor, tokens = config.model, config.parallel.tensor, _tokens(config)
+    heads, kv_heads = _heads(config)
+    attended = config.batch.sequence / 2 if model.attention == "causal" else config.batch.sequence
+    core = 4.0 * tokens * heads * model.head_width * attended
+    inner = model.ffn // tensor
+    up = (2 if model.gated else 1) * inner
+    moved = 4 * _stream(config) + tokens * ((4 * heads + 4 * kv_heads) * model.head_width + up + inner)
+    again = core + moved * DTYPES[config.precision].itemsize * _FLOPS_PER_BYTE
+    if policy == "selective":
+        return again
+    # The second projection of the MLP is not needed again.
+    return again + 2.0 * tokens * model.hidden * ((2 * heads + 2 * kv_heads) * model.head_width + up)
