@@ -13,27 +13,31 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megapt.errors import UserError
-from megapt.operations import OPERATIONS
+from megapt.operations import OPERATIONS, Issued
 
 # torch 2.13 renamed these two collectives and warns at the old names; torch 2.11 has only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+# Collectives and transfers go through these, so that a report of a hang can say where each rank was. Those that are not
+# asynchronous have ended when they return.
+
+
 def all_gather(
     out: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
-) -> dist.Work | None:
+) -> Issued:
     """The members' tensors one after the other along dimension 0, into `out`."""
-    OPERATIONS.note("all-gather", group, tensor)
-    return _all_gather(out, tensor, group=group, async_op=async_op)
+    operation = OPERATIONS.note("all-gather", group, tensor)
+    return operation.issued(_all_gather(out, tensor, group=group, async_op=async_op))
 
 
 def reduce_scatter(
     out: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
-) -> dist.Work | None:
+) -> Issued:
     """The members' sum; each member's part of dimension 0 into its `out`."""
-    OPERATIONS.note("reduce-scatter", group, tensor)
-    return _reduce_scatter(out, tensor, group=group, async_op=async_op)
+    operation = OPERATIONS.note("reduce-scatter", group, tensor)
+    return operation.issued(_reduce_scatter(out, tensor, group=group, async_op=async_op))
 
 
 def all_reduce(
@@ -41,10 +45,36 @@ def all_reduce(
     op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
-) -> dist.Work | None:
+) -> Issued:
     """In place."""
-    OPERATIONS.note("all-reduce", group, tensor)
-    return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
+    operation = OPERATIONS.note("all-reduce", group, tensor)
+    return operation.issued(dist.all_reduce(tensor, op=op, group=group, async_op=async_op))
+
+
+def all_to_all(
+    out: torch.Tensor,
+    tensor: torch.Tensor,
+    received: list[int] | None,
+    sent: list[int] | None,
+    group: dist.ProcessGroup | None,
+    async_op: bool = False,
+) -> Issued:
+    """`sent[r]` rows of `tensor` go to member r, `received[r]` rows of `out` come from it; None: as many for each."""
+    operation = OPERATIONS.note("all-to-all", group, tensor)
+    return operation.issued(dist.all_to_all_single(out, tensor, received, sent, group=group, async_op=async_op))
+
+
+def send(tensor: torch.Tensor, peer: int, group: dist.ProcessGroup | None, content: str) -> Issued:
+    """To the world's rank `peer`; `tensor` must stay as it is until it has left. content: what it is, for reports, in
+    the same words as its receiver's."""
+    operation = OPERATIONS.note("send", group, tensor, peer, content)
+    return operation.issued(dist.isend(tensor, peer, group=group))
+
+
+def receive(buffer: torch.Tensor, peer: int, group: dist.ProcessGroup | None, content: str) -> Issued:
+    """From the world's rank `peer`; `buffer` is filled once the result was waited for."""
+    operation = OPERATIONS.note("receive", group, buffer, peer, content)
+    return operation.issued(dist.irecv(buffer, peer, group=group))
 
 
 @dataclass(frozen=True)
@@ -97,9 +127,9 @@ class ParallelMesh:
         model = mesh["pp", "tp"]._flatten("model")
         pp, dp, tp = (_axis(mesh[name]) for name in ("pp", "dp", "tp"))
         made = cls(pp, dp, tp, _axis(model), dist.get_rank(), world, device)
-        OPERATIONS.forget()
-        for name, axis in (("pp", pp), ("dp", dp), ("tp", tp), ("model", made.model)):
-            OPERATIONS.name(axis.group, name)
+        OPERATIONS.forget(made.rank)
+        for name, axis in (("pp", pp), ("dp", dp), ("tp", tp), ("pp x tp", made.model)):
+            OPERATIONS.name(axis.group, f"{name} ranks")
         return made
 
     @property

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from megapt.errors import UserError
 from megapt.files import sync_folder
-from megapt.files import write_whole as write_atomic  # noqa: F401
 
 MARKER = "COMMITTED"
 INDEX = "index.json"

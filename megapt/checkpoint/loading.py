@@ -173,13 +173,19 @@ def _checked_reader(
         for kind, view in _targets(fragment, weights_only):
             if kind not in index.tensors[name].kinds:
                 raise UserError(
-                    f"{folder} holds no {kind} of {name}, only {', '.join(index.tensors[name].kinds)}; "
+                    f"{folder} holds no {kind} of {name}, only {', '.join(index.tensors[name].kinds)}{_trained(index)}; "
                     "to start from its weights, load weights only"
                 )
             stored = reader.dtype(name, kind)
             if stored != view.dtype and not {stored, view.dtype} <= set(_CONVERTIBLE):
                 raise UserError(f"{kind} of {name}: stored as {stored}, cannot be loaded as {view.dtype}")
     return reader
+
+
+def _trained(index: Index) -> str:
+    """By which optimizer, where the checkpoint says so: each has state of its own."""
+    kind = index.meta["config"].get("optimizer", {}).get("kind")
+    return f": it was trained with optimizer.kind = {kind}" if kind else ""
 
 
 def _other_settings(stored: ModelConfig, model: ModelConfig) -> list[str]:

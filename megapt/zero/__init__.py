@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from megapt.config import OptimizerConfig, ZeroConfig
+from megapt.config import LossScaleConfig, OptimizerConfig, ZeroConfig
 from megapt.mesh import ParallelMesh
 from megapt.parallel.gradients import TiedWeights
 from megapt.parallel.tensor import TensorParallel
@@ -22,12 +22,17 @@ def make_backend(
     tp: TensorParallel,
     ties: TiedWeights,
     optimizer: OptimizerConfig,
+    loss_scale: LossScaleConfig | None = None,
+    seed: int = 0,
 ) -> ZeroBackend:
-    """The configured backend over this rank's parameters."""
+    """The configured backend over this rank's parameters. Collective over the world.
+
+    loss_scale: for fp16 weights; seed: of the run, for stochastic rounding.
+    """
     if config.backend == "native":
         from megapt.zero.native import NativeBackend
 
-        return NativeBackend(parameters, mesh, tp, ties, optimizer, config.stage)
+        return NativeBackend(parameters, mesh, tp, ties, optimizer, config, loss_scale, seed)
     from megapt.zero.deepspeed import DeepSpeedBackend
 
-    return DeepSpeedBackend(chunks, parameters, mesh, tp, ties, optimizer, config.stage)
+    return DeepSpeedBackend(chunks, parameters, mesh, tp, ties, optimizer, config)

@@ -31,11 +31,16 @@ class Accumulator:
             parameter.main_grad.zero_()
         self._fresh.clear()
 
-    def _take(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, Parameter) and parameter.grad is not None
+    def accumulate(self, parameter: Parameter, gradient: Tensor) -> None:
+        """Add a gradient to what the step has so far."""
         if parameter in self._fresh:
             self._fresh.remove(parameter)
-            parameter.main_grad.copy_(parameter.grad)
+            parameter.main_grad.copy_(gradient)
         else:
-            parameter.main_grad.add_(parameter.grad)
-        parameter.grad = None
+            parameter.main_grad.add_(gradient)
+
+    def _take(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, Parameter)
+        if parameter.grad is not None:  # else it was put off: autograd comes by nevertheless
+            self.accumulate(parameter, parameter.grad)
+            parameter.grad = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from megapt.mesh import ParallelMesh
 from megapt.parallel.gradients import TiedWeights
 from megapt.parallel.tensor import TensorParallel
 from megapt.parameters import Parameter
+
+if TYPE_CHECKING:
+    from megapt.parallel.pipeline.runtime import Pipeline
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Fragment:
     """This rank's piece of one parameter's optimizer state.
 
     The piece is [start, start + numel) of the flattened local shard (`parameter.shard.shape`, padding included).
-    tensors: 1-D live views of `numel` elements under the names `weight` (the master copy), `exp_avg` and
-    `exp_avg_sq`: reading them saves, writing them loads (then call `ZeroBackend.loaded`).
+    tensors: 1-D live views of `numel` elements: `weight` (the master copy), and by its optimizer `exp_avg` and
+    `exp_avg_sq` (AdamW) or `momentum` (Muon). Reading them saves, writing them loads (then call `ZeroBackend.loaded`).
     """
 
     parameter: Parameter
@@ -59,9 +63,18 @@ class ZeroBackend(ABC):
         self.parameters = list(parameters)
         self.mesh, self.tp, self.ties, self.optimizer = mesh, tp, ties, optimizer
 
+    def attach(self, pipeline: Pipeline) -> None:  # noqa: B027 (nothing need be done)
+        """From now on `pipeline` runs the model: a backend may let the forward pass wait for its weights."""
+
+    @property
+    def loss_scale(self) -> Tensor | float:
+        """What the next step's loss is to be multiplied by; a scalar on the device, or a number."""
+        return 1.0
+
     @abstractmethod
-    def zero_grad(self) -> None:
-        """Before the first backward of a step."""
+    def zero_grad(self, micro_batches: int | None = None) -> None:
+        """Before the first backward of a step. micro_batches: how many gradients each parameter will get, where that
+        is known: a backend may then reduce them during the backward pass."""
 
     @abstractmethod
     def step(self, lr: float) -> StepResult:
@@ -73,8 +86,13 @@ class ZeroBackend(ABC):
         """State of every parameter that this rank keeps a piece of; parameters in table order."""
 
     @abstractmethod
-    def loaded(self, updates: int) -> None:
-        """After fragments were written: take over the masters as weights; `updates` steps count as done."""
+    def loaded(self, updates: int, scalars: dict[str, float] | None = None) -> None:
+        """After fragments were written: take over the masters as weights; `updates` steps count as done, and `scalars`
+        are what `scalars()` gave, None where only weights were loaded. Collective."""
+
+    def scalars(self) -> dict[str, float]:
+        """State beside the fragments, the same on all ranks, for a checkpoint's meta."""
+        return {}
 
     @property
     @abstractmethod

@@ -11,15 +11,8 @@ a group of one rank, after we have summed the gradients over data-parallel ranks
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import io
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,16 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megapt.config import OptimizerConfig
+from megapt.config import OptimizerConfig, ZeroConfig
 from megapt.errors import UserError
-from megapt.mesh import Axis, ParallelMesh
+from megapt.mesh import ParallelMesh
 from megapt.parallel.gradients import TiedWeights, finalize, is_partial, sum_sharers
 from megapt.parallel.tensor import TensorParallel
 from megapt.parameters import Parameter
 from megapt.zero.accumulate import Accumulator
 from megapt.zero.base import Fragment, StepResult, ZeroBackend, accumulation_dtype
+from megapt.zero.deepspeed_start import ParallelUnit, axis_of_one, load, quiet
+from megapt.zero.optimizers import Treatment, treatment
 
-_BUCKET = 50_000_000  # elements of one collective
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # What is used of DeepSpeed's wrapped optimizers beyond its documented interface, and where each keeps its masters.
@@ -110,14 +104,15 @@ class DeepSpeedBackend(ZeroBackend):
         tp: TensorParallel,
         ties: TiedWeights,
         optimizer: OptimizerConfig,
-        stage: int,
+        config: ZeroConfig,
     ) -> None:
         super().__init__(parameters, mesh, tp, ties, optimizer)
-        self.stage = stage
+        self.stage, self.offload, self._bucket = config.stage, config.offload, config.bucket
+        stage = config.stage
         self._updates = 0
         self._owned = [p for p in self.parameters if p.owner]
         self._dtype = _check(stage, mesh, chunks, self._owned)
-        deepspeed = _load(mesh.device)
+        deepspeed = load(mesh.device)
         self.version: str = deepspeed.__version__
         for p in self.parameters:
             # DeepSpeed counts every parameter of tensor rank 0 in the norm, and of other ranks those marked so.
@@ -126,46 +121,54 @@ class DeepSpeedBackend(ZeroBackend):
         model = chunks[0] if stage == 3 else nn.ModuleDict({"chunks": chunks, "fillers": fillers})
         beta1, beta2 = optimizer.betas
         adamw = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=optimizer.eps, fused=True)
-        unit = _ParallelUnit(mesh, mesh.dp if stage else _axis_of_one(mesh))
-        config = self._config()
-        with _quiet():
+        unit = ParallelUnit(mesh, mesh.dp if stage else axis_of_one(mesh))
+        settings = self._config()
+        with quiet():
             if stage == 3 and self._dtype == torch.float64:
                 # DeepSpeed partitions weights of any precision, but only where it is told another one.
                 group = unit.get_data_parallel_group()  # type: ignore[attr-defined]
-                deepspeed.zero.Init(model, group, mpu=unit, config_dict_or_path=config, dtype=torch.float32)
+                deepspeed.zero.Init(model, group, mpu=unit, config_dict_or_path=settings, dtype=torch.float32)
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 args=SimpleNamespace(device_rank=mesh.device.index or 0),
                 model=model,
                 optimizer=adamw,
                 mpu=unit,
-                config=config,
+                config=settings,
             )
         self._kind = self._probe()
         self._create_state()
         self._gradients = _MainGrads(self, self._zero) if stage < 2 else _Hooks(self, self._zero)
 
     def _groups(self) -> tuple[list[dict[str, Any]], nn.ParameterList]:
-        """The optimizer's groups by weight decay, and what fills a group that would be empty.
+        """The optimizer's groups by treatment, and what fills a group that would be empty.
 
         DeepSpeed runs one collective per non-empty group over the pipeline, so every stage needs all of them.
         """
         fillers = nn.ParameterList()
         groups = []
-        for decays in (True, False):
-            members: list[nn.Parameter] = [p for p in self._owned if p.spec.decay is decays]
-            if not members and self.mesh.pp.size > 1:
+        for how in self._treatments():
+            members: list[nn.Parameter] = [p for p in self._owned if treatment(p, self.optimizer) == how]
+            if not members:
                 fillers.append(torch.zeros(1, dtype=self._dtype, device=self.mesh.device))
                 members = [fillers[-1]]
-            if members:
-                groups.append(
-                    {"params": members, "weight_decay": self.optimizer.weight_decay if decays else 0.0}
-                )
+            groups.append({"params": members, "weight_decay": how.decay, "factor": how.factor})
         return groups, fillers
+
+    def _treatments(self) -> list[Treatment]:
+        """Those of this rank's parameters; under a pipeline those of all stages, in one order."""
+        own = {treatment(p, self.optimizer) for p in self._owned}
+        if self.mesh.pp.size > 1:
+            every: list[set[Treatment]] = [set()] * self.mesh.pp.size
+            dist.all_gather_object(every, own, group=self.mesh.pp.group)
+            own = set().union(*every)
+        return sorted(own, key=lambda how: (-how.decay, how.factor))
 
     def _config(self) -> dict[str, Any]:
         vectors = [p.numel() for p in self._owned if p.dim() == 1]
         # A small model needs no large buffers; DeepSpeed wants an even size.
-        bucket = min(_BUCKET, 2 * -(-sum(p.numel() for p in self._owned) // 2))
+        bucket = 2 * -(-min(self._bucket, sum(p.numel() for p in self._owned)) // 2)
+        pinned = self.mesh.device.type == "cuda"
+        offload = {"offload_optimizer": {"device": "cpu", "pin_memory": pinned}} if self.offload else {}
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -175,6 +178,7 @@ class DeepSpeedBackend(ZeroBackend):
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
             "bf16": {"enabled": self._dtype == torch.bfloat16, "check_grad_overflow": True},
+            "zero_force_ds_cpu_optimizer": False,  # its own would be compiled at start; torch's is fused as well
             "timers": {"throughput": {"enabled": False}},  # it would wait for the device in every forward
             "zero_optimization": {
                 "stage": max(self.stage, 1),
@@ -185,6 +189,7 @@ class DeepSpeedBackend(ZeroBackend):
                 "stage3_param_persistence_threshold": max(vectors, default=0),
                 # It would replace torch's F.linear for the whole process; our layers own their backward pass.
                 "memory_efficient_linear": False,
+                **offload,
             },
         }
 
@@ -192,7 +197,7 @@ class DeepSpeedBackend(ZeroBackend):
         """The kind of wrapped optimizer, after checking that it is the one expected and has what is used of it."""
         kind = type(self._zero).__name__
         expected = "DeepSpeedZeroOptimizer_Stage3" if self.stage == 3 else "DeepSpeedZeroOptimizer"
-        if self.stage < 2 and self._dtype == torch.bfloat16:
+        if self.stage < 2 and self._dtype == torch.bfloat16 and not self.offload:
             expected = "BF16_Optimizer"
         problems = []
         if kind != expected:
@@ -225,13 +230,13 @@ class DeepSpeedBackend(ZeroBackend):
         if self.stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, micro_batches: int | None = None) -> None:
         self._gradients.begin()
 
     def step(self, lr: float) -> StepResult:
         self._gradients.finish()
         for group in self._zero.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self._engine.step()
         skipped = bool(self._zero.overflow)
         if not skipped:
@@ -259,7 +264,7 @@ class DeepSpeedBackend(ZeroBackend):
         )
 
     @torch.no_grad()
-    def loaded(self, updates: int) -> None:
+    def loaded(self, updates: int, scalars: dict[str, float] | None = None) -> None:
         for state in self._zero.optimizer.state.values():
             state["step"].fill_(updates)
         self._updates = updates
@@ -284,14 +289,15 @@ class DeepSpeedBackend(ZeroBackend):
             f"{' and '.join(parts)} sharded over {self.mesh.dp.size} ranks" if parts else "nothing sharded"
         )
         weights = " of fp64 weights" if self._dtype == torch.float64 else ""
-        return f"DeepSpeed {self.version} ZeRO {self.stage}: {where}, fp32 masters{weights}, fp32 reduction, AdamW"
+        update = "fused AdamW on the host" if self.offload else "fused AdamW"
+        return f"DeepSpeed {self.version} ZeRO {self.stage}: {where}, fp32 masters{weights}, fp32 reduction, {update}"
 
 
 class _MainGrads:
     """Stages 0 and 1: gradients accumulate in `main_grad`, and DeepSpeed gets them whole at the step.
 
-    In bf16 `main_grad` is DeepSpeed's own fp32 gradient buffer; in fp32 it becomes `.grad` at the step, in fp64 an
-    fp32 copy of it becomes `.grad_accum`.
+    In bf16 `main_grad` is DeepSpeed's own fp32 gradient buffer; in fp32 it becomes `.grad` at the step, in fp64, and in
+    bf16 with offload, it becomes `.grad_accum` in fp32.
     """
 
     def __init__(self, backend: DeepSpeedBackend, zero: Any) -> None:
@@ -306,7 +312,7 @@ class _MainGrads:
                 pieces = zero.fp32_groups_gradients[index]
             else:
                 sizes, first = [p.numel() for p in group], group[0]
-                self.flat.append(torch.zeros(sum(sizes), dtype=first.dtype, device=first.device))
+                self.flat.append(torch.zeros(sum(sizes), dtype=accumulation_dtype(first.dtype), device=first.device))
                 pieces = self.flat[-1].split(sizes)
             for p, piece in zip(group, pieces, strict=True):
                 p.main_grad = piece.view(p.shape)
@@ -318,6 +324,8 @@ class _MainGrads:
 
     def begin(self) -> None:
         self.accumulator.begin()
+        if self.backend.offload:
+            self.zero.averaged_gradients.clear()  # after a skipped step DeepSpeed would add to what was not finite
 
     def finish(self) -> None:
         self.accumulator.end()
@@ -330,11 +338,14 @@ class _MainGrads:
             for has_gradient in self.zero.fp32_groups_has_gradients:
                 has_gradient[:] = [True] * len(has_gradient)
         else:
+            if backend.offload:
+                self.zero.setup_buckets()  # which it does else as the first gradient of a backward arrives
             for p in self.handed:
+                gradient = p.main_grad.detach()  # DeepSpeed may point it at other memory
                 if self.zero.use_grad_accum_attribute:
-                    p.grad_accum = p.main_grad.float()  # type: ignore[attr-defined]
+                    p.grad_accum = gradient.float()  # type: ignore[attr-defined]
                 else:
-                    p.grad = p.main_grad
+                    p.grad = gradient
 
 
 class _Hooks:
@@ -364,6 +375,7 @@ class _Hooks:
         if self.stage == 2:
             for held in (self.zero.averaged_gradients, self.zero.all_grad_tensors):
                 held.clear()
+            self.zero.micro_step_id = -1  # of a step that was given up, offloaded gradients would count
         self.zero.clear_backward_seen_flag()
         # Else each backward would replace what the ones before it have accumulated.
         self.zero.set_gradient_accumulation_boundary(False)
@@ -398,21 +410,6 @@ def _overlap(p: Parameter) -> Fragment | None:
     return Fragment(p, at.start, at.numel, tensors)
 
 
-class _ParallelUnit:
-    """The mesh as DeepSpeed asks for it. Its model-parallel group is pp x tp: norms and overflow travel on it."""
-
-    def __init__(self, mesh: ParallelMesh, data: Axis) -> None:
-        axes = {"data": data, "model": mesh.model, "tensor_model": mesh.tp, "pipeline_model": mesh.pp}
-        for name, axis in axes.items():
-            answers = {"group": axis.group or dist.group.WORLD, "rank": axis.rank, "world_size": axis.size}
-            for question, answer in answers.items():
-                setattr(self, f"get_{name}_parallel_{question}", _answer(answer))
-
-
-def _answer(value: Any) -> Callable[[], Any]:
-    return lambda: value
-
-
 def _check(stage: int, mesh: ParallelMesh, chunks: nn.ModuleList, owned: Sequence[Parameter]) -> torch.dtype:
     """The one precision of the weights; UserError for what DeepSpeed does not compute."""
     if stage > 1 and mesh.pp.size > 1:
@@ -422,54 +419,3 @@ def _check(stage: int, mesh: ParallelMesh, chunks: nn.ModuleList, owned: Sequenc
     dtypes = {p.dtype for p in owned}
     assert len(dtypes) == 1 and (stage < 3 or len(chunks) == 1)
     return dtypes.pop()
-
-
-def _load(device: torch.device) -> Any:
-    """DeepSpeed for this device, without a compiler, and with a process group to work in."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
-    if device.type == "cuda":
-        # It takes the device's number from here, which is another one where a rank sees its own device only.
-        os.environ["LOCAL_RANK"] = str(device.index or 0)
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator().device_name()
-    if accelerator != device.type:
-        raise UserError(
-            f"DeepSpeed works on {accelerator}, but this run on {device.type}; set DS_ACCELERATOR={device.type}"
-        )
-    # An engine imports it as it is collected as garbage: within another import, Python 3.11 does not stand that.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("deepspeed.utils.pin_memory")
-    for handler in deepspeed.utils.logger.handlers:
-        if type(handler) is logging.StreamHandler:  # its own; others may have added theirs
-            handler.setStream(sys.stderr)
-    # torch 2.13 renamed collectives that DeepSpeed calls by their old names, and would say so on every rank.
-    warnings.filterwarnings("ignore", r".*is deprecated. Please use `torch.distributed", FutureWarning)
-    if device.type == "cpu":
-        # It would be compiled at start by g++ and ninja, and serves gloo's collectives only.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():  # a world of one
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints its memory use while it starts: a matter for the debug log."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        yield
-    for line in said.getvalue().splitlines():
-        logging.getLogger(__name__).debug("%s", line)
-
-
-def _axis_of_one(mesh: ParallelMesh) -> Axis:
-    """An axis with this rank alone. Collective over the world."""
-    for axis in (mesh.dp, mesh.tp, mesh.pp):
-        if axis.size == 1:
-            return axis
-    # Made by all ranks together: NCCL splits the new groups off the world's.
-    return Axis(0, 1, dist.new_subgroups(group_size=1)[0])

@@ -1,78 +1,41 @@
-"""The native backend: ZeRO stages 0 and 1 (arXiv 1910.02054) on flat buffers, in fp32 or fp64 throughout.
+"""The native backend: ZeRO stages 0, 1 and 2 (arXiv 1910.02054) on flat buckets, in fp32 or fp64 throughout.
 
-Parameters are views of one flat buffer per decay group, cut evenly over data-parallel ranks. Stage 0 all-reduces
-gradients and updates everything everywhere; stage 1 reduce-scatters them, updates a shard and gathers the weights.
+Stage 0 all-reduces gradients and updates everything everywhere. Stage 1 reduce-scatters them, updates a shard and
+gathers the weights; stage 2 reduce-scatters those of each micro-batch, so that no rank keeps more than its shard.
+Reductions run beside the backward pass, gathers beside the next forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from megapt.config import OptimizerConfig
-from megapt.mesh import ParallelMesh, all_gather, reduce_scatter
-from megapt.parallel.gradients import TiedWeights, finalize
+from megapt.config import LossScaleConfig, OptimizerConfig, ZeroConfig
+from megapt.mesh import ParallelMesh, all_reduce
+from megapt.operations import OPERATIONS
+from megapt.parallel.gradients import TiedWeights, finalize, is_partial
 from megapt.parallel.tensor import TensorParallel
 from megapt.parameters import Parameter
-from megapt.zero.accumulate import Accumulator
 from megapt.zero.base import Fragment, StepResult, ZeroBackend, accumulation_dtype
+from megapt.zero.buckets import Bucket, make_buckets
+from megapt.zero.loss_scale import LossScale
+from megapt.zero.muon import Muon
+from megapt.zero.optimizers import AdamW, Segment, segments
+from megapt.zero.reduction import Overlap, Sharding
+from megapt.zero.rounding import StochasticRounding
 
-_ALIGN = 64  # elements; keeps every shard on a cache line
-
-
-class _Group:
-    """Parameters with the same weight decay: flat weights and gradients, and this rank's shard of the state."""
-
-    def __init__(self, parameters: Sequence[Parameter], decay: float, shards: int, rank: int) -> None:
-        self.parameters, self.decay = list(parameters), decay
-        first = self.parameters[0]
-        self.offsets = [0]
-        for p in self.parameters:
-            self.offsets.append(self.offsets[-1] + p.numel())
-        width = -(-self.offsets[-1] // (shards * _ALIGN)) * _ALIGN
-        self.lo, self.hi = rank * width, (rank + 1) * width
-        wide = accumulation_dtype(first.dtype)
-        self.weights = torch.zeros(width * shards, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros(width * shards, dtype=wide, device=first.device)
-        for p, at in zip(self.parameters, self.offsets, strict=False):
-            flat = self.weights[at : at + p.numel()]
-            flat.copy_(p.data.flatten())
-            p.data = flat.view(p.shape)
-            p.main_grad = self.grads[at : at + p.numel()].view(p.shape)
-        shard = self.weights[self.lo : self.hi]
-        self.master = shard if first.dtype == wide else shard.to(wide)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        # Its own memory where it is a part: collectives must not write where they read.
-        self.grad = self.grads if shards == 1 else torch.empty_like(self.master)
-        self.counted = self._counted_ranges()
-
-    def _counted_ranges(self) -> list[tuple[int, int]]:
-        """Ranges of the shard that this rank counts in the norm, neighbours joined."""
-        ranges: list[tuple[int, int]] = []
-        for p, at in zip(self.parameters, self.offsets, strict=False):
-            begin, end = max(at, self.lo) - self.lo, min(at + p.numel(), self.hi) - self.lo
-            if begin >= end or not p.shard.primary:
-                continue
-            if ranges and ranges[-1][1] == begin:
-                ranges[-1] = (ranges[-1][0], end)
-            else:
-                ranges.append((begin, end))
-        return ranges
-
-    def fragments(self) -> Iterator[Fragment]:
-        for p, at in zip(self.parameters, self.offsets, strict=False):
-            begin, end = max(at, self.lo), min(at + p.numel(), self.hi)
-            if begin < end:
-                here = slice(begin - self.lo, end - self.lo)
-                tensors = {"weight": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-                yield Fragment(p, begin - at, end - begin, {name: t[here] for name, t in tensors.items()})
+if TYPE_CHECKING:
+    from megapt.parallel.pipeline.runtime import Pipeline
 
 
 class NativeBackend(ZeroBackend):
-    """See ZeroBackend; `stage` is 0 or 1."""
+    """See ZeroBackend; `config.stage` is 0, 1, or 2 without a pipeline.
+
+    loss_scale: for fp16 weights, else None. seed: of the run, for stochastic rounding.
+    """
 
     def __init__(
         self,
@@ -81,108 +44,164 @@ class NativeBackend(ZeroBackend):
         tp: TensorParallel,
         ties: TiedWeights,
         optimizer: OptimizerConfig,
-        stage: int,
+        config: ZeroConfig,
+        loss_scale: LossScaleConfig | None,
+        seed: int,
     ) -> None:
         super().__init__(parameters, mesh, tp, ties, optimizer)
-        self.stage = stage
-        self.sharded = stage == 1 and mesh.dp.size > 1
-        shards, rank = (mesh.dp.size, mesh.dp.rank) if self.sharded else (1, 0)
-        owned = [p for p in parameters if p.owner]
-        kinds = ([p for p in owned if p.spec.decay], optimizer.weight_decay), (
-            [p for p in owned if not p.spec.decay],
-            0.0,
-        )
-        self.groups = [_Group(ps, decay, shards, rank) for ps, decay in kinds if ps]
-        for p in parameters:
+        self.stage = config.stage
+        self.sharded = self.stage > 0 and mesh.dp.size > 1
+        shards_gradients = self.stage == 2 and self.sharded
+        owned = [p for p in self.parameters if p.owner]
+        late = {p for p in owned if is_partial(p, tp) or p.shard.sharers > 1}
+        # A copy on another stage, or on another chunk of this one, adds its part of the gradient at its own time.
+        late |= {p for p in owned if p.spec.has_copy and not shards_gradients}
+        shards = mesh.dp.size if self.sharded else 1
+        self.buckets = make_buckets(owned, late, config.bucket, mesh.dp, shards, keep_grads=not shards_gradients)
+        for p in self.parameters:
             if not p.owner:
                 p.main_grad = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
-        self.accumulator = Accumulator(parameters)
+        self._completed = [p for p in self.parameters if p in late or not p.owner]
+        accumulator = Sharding if shards_gradients else Overlap
+        self.accumulator = accumulator(self.parameters, self.buckets)
+        self._segments = {bucket: segments(bucket, optimizer) for bucket in self.buckets}
+        matrices = [s for s in self._all_segments() if s.treatment.kind == "muon"]
+        self._adamw = {
+            b: AdamW([s for s in found if s.treatment.kind == "adamw"], optimizer)
+            for b, found in self._segments.items()
+        }
+        self._muon = Muon(self.buckets, matrices, mesh, optimizer) if optimizer.kind == "muon" else None
+        self._rounding = StochasticRounding(seed) if optimizer.stochastic_rounding else None
+        self._scaling = LossScale(loss_scale, mesh.device) if loss_scale is not None else None
         self._updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
+        self._needed_by: dict[nn.Module, list[Bucket]] = {}
+        self._attached = False
 
-    def zero_grad(self) -> None:
-        self.accumulator.begin()
+    def _all_segments(self) -> Iterator[Segment]:
+        return (segment for found in self._segments.values() for segment in found)
 
-    def step(self, lr: float) -> StepResult:
+    def attach(self, pipeline: Pipeline) -> None:
+        bucket_of = {p: b for b in self.buckets for p in b.parameters}
+
+        def before(module: nn.Module) -> None:
+            if module not in self._needed_by:
+                found = {bucket_of[p]: None for p in module.parameters() if p in bucket_of}  # type: ignore[index]
+                self._needed_by[module] = list(found)
+            for bucket in self._needed_by[module]:
+                bucket.gathered()
+
+        for chunk in pipeline.chunks:
+            chunk.before = before  # type: ignore[assignment]
+        self._attached = True
+
+    @property
+    def loss_scale(self) -> Tensor | float:
+        return 1.0 if self._scaling is None else self._scaling.value
+
+    def zero_grad(self, micro_batches: int | None = None) -> None:
+        self.accumulator.start(micro_batches)
+
+    def _complete(self) -> None:
+        """What the backward pass has left to do: completing gradients, and reducing them. Collective."""
+        OPERATIONS.action = "completing gradients (tied and tensor-parallel parts)"
         self.accumulator.end()
-        finalize(self.parameters, self.tp, self.ties)
-        self._reduce()
-        norm = self._norm()
+        finalize(self._completed, self.tp, self.ties)
+        OPERATIONS.action = "reducing gradients over data-parallel ranks"
+        self.accumulator.finish()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> StepResult:
+        self._complete()
+        OPERATIONS.action = "gradient norm"
+        norm, scale = self._norm()
+        OPERATIONS.action = "weight update and gather"
         finite = torch.isfinite(norm)
-        clip = self.optimizer.clip
-        scale = ((norm + 1e-6) / clip).clamp_min(1.0) if clip > 0 else torch.ones_like(norm)
         self._updates += finite
-        for group in self.groups:
-            self._adamw(group, lr, scale, (~finite).float())
-            if group.master.dtype != group.weights.dtype:
-                group.weights[group.lo : group.hi].copy_(group.master)
-            if self.sharded:
-                shard = group.weights[group.lo : group.hi].clone()
-                all_gather(group.weights, shard, group=self.mesh.dp.group)
-        self.ties.share()
+        if self.buckets[0].dtype == torch.float64:
+            for bucket in self.buckets:
+                bucket.grad.div_(scale)  # the fused kernel would take the scale in fp32
+            scale = torch.ones_like(scale)
+        if self._muon is not None:
+            self._muon.update(lr, scale, finite)
+        skip, divisor = (~finite).float(), scale.float()
+        for bucket in self._forward_order():
+            self._adamw[bucket].update(lr, self._updates, divisor, skip)
+            self._publish(bucket)
+            bucket.gather()
+        if self._scaling is not None:
+            self._scaling.update(finite)
+        self._share()
         return StepResult(norm, ~finite)
 
-    def _reduce(self) -> None:
-        for group in self.groups:
-            if self.sharded:
-                reduce_scatter(group.grad, group.grads, group=self.mesh.dp.group)
-            else:
-                self.mesh.dp.all_reduce(group.grads)
+    def _forward_order(self) -> Iterator[Bucket]:
+        """Late buckets hold what the first layer needs."""
+        return reversed(self.buckets)
 
-    def _norm(self) -> Tensor:
-        """One collective: squares of what each rank counts, summed over all ranks that hold different parts."""
+    def _norm(self) -> tuple[Tensor, Tensor]:
+        """The norm before clipping, and what gradients are to be divided by: for clipping and for the loss scale.
+
+        One collective: squares of what each rank counts, summed over all ranks that hold different parts.
+        """
+        counted = [bucket.grad[begin:end] for bucket in self.buckets for begin, end in bucket.counted()]
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for group in self.groups:
-            for begin, end in group.counted:
-                total += torch.linalg.vector_norm(group.grad[begin:end]).double().square()
+        if counted:
+            total += torch.stack(torch._foreach_norm(counted)).double().square().sum()
         if self.sharded:
-            dist.all_reduce(total)
+            all_reduce(total)
         else:
             self.mesh.model.all_reduce(total)
-        return total.sqrt()
+        norm = total.sqrt() / self.loss_scale
+        clip = self.optimizer.clip
+        scale = ((norm + 1e-6) / clip).clamp_min(1.0) if clip > 0 else torch.ones_like(norm)
+        return norm, scale * self.loss_scale
 
-    def _adamw(self, group: _Group, lr: float, scale: Tensor, skip: Tensor) -> None:
-        grad = group.grad
-        if grad.dtype == torch.float64:
-            grad.div_(scale)  # the fused kernel would take the scale in fp32
-            scale = torch.ones_like(scale)
-        beta1, beta2 = self.optimizer.betas
-        torch._fused_adamw_(
-            [group.master],
-            [grad],
-            [group.exp_avg],
-            [group.exp_avg_sq],
-            [],
-            [self._updates.clone()],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group.decay,
-            eps=self.optimizer.eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=scale.float(),
-            found_inf=skip,
-        )
+    def _publish(self, bucket: Bucket) -> None:
+        """The masters of this rank's shard become weights."""
+        weights = bucket.weights[bucket.lo : bucket.lo + bucket.width]
+        if self._rounding is not None:
+            for piece in bucket.pieces():
+                here = slice(piece.begin, piece.end)
+                self._rounding.round(weights[here], bucket.master[here], piece.parameter, piece.start, self._updates)
+        elif weights.dtype != bucket.dtype:
+            weights.copy_(bucket.master)
+
+    def _share(self) -> None:
+        """Tied copies follow their owners. Without a pipeline nobody else waits for the weights."""
+        for bucket in self.buckets:
+            if not self._attached or any(p.spec.has_copy for p in bucket.parameters):
+                bucket.gathered()
+        self.ties.share()
 
     def fragments(self) -> Iterator[Fragment]:
-        for group in self.groups:
-            yield from group.fragments()
+        for bucket in self.buckets:
+            bucket.gathered()  # masters may be views of the weights
+        order = {p: index for index, p in enumerate(self.parameters)}
+        found = [fragment for segment in self._all_segments() for fragment in segment.fragments()]
+        yield from sorted(found, key=lambda fragment: order[fragment.parameter])
 
-    def loaded(self, updates: int) -> None:
+    @torch.no_grad()
+    def loaded(self, updates: int, scalars: dict[str, float] | None = None) -> None:
         self._updates.fill_(updates)
-        for group in self.groups:
-            shard = group.master.to(group.weights.dtype)
-            if self.sharded:
-                all_gather(group.weights, shard, group=self.mesh.dp.group)
-            else:
-                group.weights.copy_(shard)
-        self.ties.share()
+        if self._scaling is not None:
+            self._scaling.load(scalars or {})
+        for bucket in self._forward_order():
+            self._publish(bucket)
+            bucket.gather()
+        self._share()
+
+    def scalars(self) -> dict[str, float]:
+        return {} if self._scaling is None else self._scaling.scalars()
 
     @property
     def updates(self) -> int:
         return int(self._updates)
 
     def describe(self) -> str:
-        where = f"over {self.mesh.dp.size} ranks" if self.sharded else "replicated"
+        parts = ("optimizer state", "gradients")[: self.stage]
+        where = f"{' and '.join(parts)} {f'over {self.mesh.dp.size} ranks' if self.sharded else 'replicated'}"
         wide = "fp64" if self.parameters[0].dtype == torch.float64 else "fp32"
-        return f"native ZeRO {self.stage}: optimizer state {where}, {wide} reduction, fused AdamW"
+        update = "fused AdamW" if self._muon is None else f"Muon ({str(self._muon.dtype)[6:]}) and fused AdamW"
+        more = ", stochastic rounding" if self._rounding is not None else ""
+        more += ", dynamic loss scale" if self._scaling is not None else ""
+        buckets = f"{wide} reduction in {len(self.buckets)} buckets during the backward pass"
+        return f"native ZeRO {self.stage}: {where}, {buckets}, {update}{more}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,33 @@ def test_a_checkpoint_of_weights_says_that_it_has_no_moments(tmp_path: Path) -> 
         checkpoint.load(path, target, ONE, LLAMA)
     checkpoint.load(path, target, ONE, LLAMA, weights_only=True)
     check_loaded(target, kinds=("weight",))
+
+
+def test_each_parameter_has_the_state_of_its_optimizer(tmp_path: Path) -> None:
+    """Muon's matrices have momentum; what AdamW trained cannot be trained on by Muon, nor the other way round."""
+
+    def own(muon: bool, fill: float | None = None) -> list[Fragment]:
+        found = fragments(LLAMA, Layout(), 0, 0, 0, fill=fill)
+        for fragment in found:
+            if muon and fragment.parameter.spec.role == "matrix":
+                fragment.tensors["momentum"] = fragment.tensors.pop("exp_avg")
+                del fragment.tensors["exp_avg_sq"]
+        return found
+
+    names = parameter_table(LLAMA)
+    for step, kind in enumerate(("adamw", "muon")):
+        meta: dict[str, Any] = {"config": {**meta_of(LLAMA)["config"], "optimizer": {"kind": kind}}}
+        checkpoint.save(tmp_path, step, own(kind == "muon"), ONE, meta, names)
+        loaded = own(kind == "muon", fill=0.0)
+        checkpoint.load(tmp_path / f"step-{step:08d}", loaded, ONE, LLAMA)
+        for found, saved in zip(loaded, own(kind == "muon"), strict=True):
+            assert found.tensors.keys() == saved.tensors.keys()
+            assert all(torch.equal(tensor, saved.tensors[key]) for key, tensor in found.tensors.items())
+        other = own(kind != "muon", fill=0.0)
+        with pytest.raises(UserError, match=rf"holds no \w+ of layers.0.attention.q.weight.*optimizer.kind = {kind}"):
+            checkpoint.load(tmp_path / f"step-{step:08d}", other, ONE, LLAMA)
+        assert not any(tensor.any() for fragment in other for tensor in fragment.tensors.values())
+        checkpoint.load(tmp_path / f"step-{step:08d}", other, ONE, LLAMA, weights_only=True)
 
 
 def test_another_model_is_refused_by_name_before_anything_is_filled(tmp_path: Path) -> None:

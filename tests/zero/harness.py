@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapt.config import OptimizerConfig, ZeroConfig
+from megapt.config import LossScaleConfig, LrScale, MuonConfig, OptimizerConfig, ZeroConfig
 from megapt.mesh import ParallelMesh
 from megapt.parallel.gradients import TiedWeights, is_partial
 from megapt.parallel.tensor import ParameterFactory, TensorParallel
@@ -28,6 +28,15 @@ SAMPLES, STEPS, SEED = 24, 3, 7
 # Steps 0 and 2 are clipped, step 1 is not: an error in the gradients' scale shows in norms, weights or both.
 SIZES = (1.0, 0.02, 3.0)
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2, weight_decay=0.1, clip=10.0)
+_SCALES = LrScale(embedding=0.5, head=0.25, matrix=2.0, vector=1.5)
+OPTIMIZERS = {
+    "adamw": OPTIMIZER,
+    "muon": OPTIMIZER.model_copy(update={"kind": "muon", "lr_scale": _SCALES}),
+    "heavy": OPTIMIZER.model_copy(update={"kind": "muon", "muon": MuonConfig(nesterov=False, momentum=0.4)}),
+    "scaled": OPTIMIZER.model_copy(update={"lr_scale": _SCALES}),
+    "rounding": OPTIMIZER.model_copy(update={"stochastic_rounding": True}),
+}
+LOSS_SCALE = LossScaleConfig(initial=256.0, window=2, smallest=64.0)
 LRS = (1e-2, 2e-2, 5e-3)
 
 
@@ -38,7 +47,7 @@ def _spec(name: str, shape: tuple[int, ...], split: Split | None = None, **more:
 # Stage 0 of two has no parameter without decay; the last stage has a copy of the embedding.
 STAGES = (
     (
-        _spec("embedding.weight", (11, 4), Split(0, padded=True)),
+        _spec("embedding.weight", (11, 4), Split(0, padded=True), lookup=True),
         _spec("mid.weight", (6, 10), Split(1)),
         _spec("kv.weight", (3, 5), Split(0, unit=3)),
     ),
@@ -46,7 +55,7 @@ STAGES = (
         _spec("solo.weight", (5, 3)),
         _spec("norm.weight", (7,), decay=False, partial=Partial.SEQUENCE),
         _spec("scale.weight", (5,), decay=False, partial=Partial.ALWAYS),
-        _spec("head.weight", (11, 4), Split(0, padded=True), tied_to="embedding.weight"),
+        _spec("head.weight", (11, 4), Split(0, padded=True), tied_to="embedding.weight", end="last"),
     ),
 )
 TABLE = ParameterTable(spec for stage in STAGES for spec in stage)
@@ -65,10 +74,16 @@ class Case:
     dtype: torch.dtype = torch.float32
     sequence: bool = True
     model: str = ""  # a real decoder instead of the problem below
+    bucket: int = 50_000_000
+    optimizer: str = "adamw"
+    offload: bool = False
 
     @property
     def id(self) -> str:
         kind = str(self.dtype).removeprefix("torch.") + ("" if self.sequence else "-whole") + self.model
+        kind += f"-b{self.bucket}" if self.bucket < 1000 else ""
+        kind += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
+        kind += "-offload" if self.offload else ""
         return f"{self.backend}{self.stage}-pp{self.pp}dp{self.dp}tp{self.tp}-m{self.micro}-{kind}"
 
 
@@ -156,9 +171,9 @@ class Problem:
 
     def run(self, batches: list[dict[str, tuple[Tensor, Tensor]]], lr: float) -> StepResult:
         """One step on micro-batches of given X and Y for each parameter."""
-        self.backend.zero_grad()
+        self.backend.zero_grad(len(batches))
         for values in batches:
-            torch.autograd.backward(self.chunks[0](values))
+            torch.autograd.backward(self.chunks[0](values) * self.backend.loss_scale)
         return self.backend.step(lr)
 
 
@@ -166,27 +181,33 @@ def make(
     case: Case, chunks: nn.ModuleList, parameters: list[Parameter], mesh: ParallelMesh, tp: TensorParallel
 ) -> ZeroBackend:
     ties = TiedWeights(parameters, mesh.pp, tied=True)
-    config = ZeroConfig(stage=case.stage, backend=case.backend)  # type: ignore[arg-type]
-    return make_backend(config, chunks, parameters, mesh, tp, ties, OPTIMIZER)
+    config = ZeroConfig(stage=case.stage, backend=case.backend, bucket=case.bucket, offload=case.offload)  # type: ignore[arg-type]
+    scaling = LOSS_SCALE if case.dtype == torch.float16 else None
+    optimizer = OPTIMIZERS[case.optimizer]
+    return make_backend(config, chunks, parameters, mesh, tp, ties, optimizer, scaling, SEED)
 
 
 Pieces = list[tuple[str, int, int, dict[str, Tensor]]]  # parameter, tensor rank, start, tensors
 
 
 def pieces(backend: ZeroBackend, tp_rank: int) -> Pieces:
-    """Copies of this rank's fragments, as they would go to a checkpoint."""
-    return [
-        (f.parameter.spec.name, tp_rank, f.start, {n: t.clone() for n, t in f.tensors.items()})
-        for f in backend.fragments()
-    ]
+    """Copies of this rank's fragments, as they would go to a checkpoint; beside them the weights of the next forward
+    pass, where they are drawn."""
+    found = []
+    for f in backend.fragments():
+        tensors = dict(f.tensors)
+        if backend.optimizer.stochastic_rounding:
+            tensors["rounded"] = f.parameter.data.flatten()[f.start : f.start + f.numel]
+        found.append((f.parameter.spec.name, tp_rank, f.start, {n: t.clone() for n, t in tensors.items()}))
+    return found
 
 
-def restore(backend: ZeroBackend, saved: Pieces, updates: int) -> None:
+def restore(backend: ZeroBackend, saved: Pieces, updates: int, scalars: dict[str, float]) -> None:
     for fragment, (name, _, start, tensors) in zip(backend.fragments(), saved, strict=True):
         assert (fragment.parameter.spec.name, fragment.start) == (name, start)
         for key, tensor in fragment.tensors.items():
             tensor.copy_(tensors[key])
-    backend.loaded(updates)
+    backend.loaded(updates, scalars)
 
 
 def assemble(
@@ -205,7 +226,8 @@ def assemble(
         shard = table[name].shard(tp_rank, tp)
         numel, dtype = math.prod(shard.shape), parts[0][1]["weight"].dtype
         count = torch.zeros(numel, dtype=torch.int64)
-        for key in ("weight", "exp_avg", "exp_avg_sq"):
+        keys = list(parts[0][1])
+        for key in keys:
             local = torch.full((numel,), math.nan, dtype=dtype)
             for start, tensors in parts:
                 piece = slice(start, start + tensors[key].numel())
@@ -217,7 +239,7 @@ def assemble(
                 key, torch.full(table[name].shape, math.nan, dtype=dtype)
             )
             whole[shard.slices()] = shard.valid(local.view(shard.shape))
-        assert (count == 3 * copies).all(), f"{name}: elements missing or held twice"
+        assert (count == len(keys) * copies).all(), f"{name}: elements missing or held twice"
     for name, tensors in out.items():
         assert not any(t.isnan().any() for t in tensors.values()), f"{name}: holes"
     return out
@@ -230,16 +252,19 @@ class Solution:
 
 
 def solve(
-    dtype: torch.dtype = torch.float64, steps: int = STEPS, compute: torch.dtype | None = None
+    dtype: torch.dtype = torch.float64,
+    steps: int = STEPS,
+    compute: torch.dtype | None = None,
+    optimizer: str = "adamw",
 ) -> Solution:
-    """One process, torch.optim.AdamW and clip_grad_norm_, masters in `dtype`, gradients at weights in `compute`."""
+    """One process, masters in `dtype`, gradients at weights in `compute`."""
     owned = [spec for spec in TABLE.values() if spec.tied_to is None]
     weights = {s.name: nn.Parameter(torch.zeros(s.shape, dtype=dtype)) for s in owned}
     for s in owned:
         initialise_(weights[s.name].data, s, s.shard(0, 1), SEED)
         if compute is not None:
             weights[s.name].data = weights[s.name].data.to(compute).to(dtype)
-    adamw = reference_adamw([(weights[s.name], s) for s in owned])
+    reference = Reference([(weights[s.name], s) for s in owned], OPTIMIZERS[optimizer])
     norms = []
     for step in range(steps):
         for spec in TABLE.values():
@@ -248,31 +273,61 @@ def solve(
             x, y = summed(spec.name, step, range(SAMPLES))
             gradient = x.to(dtype) + y.to(dtype) * at
             weight.grad = gradient if weight.grad is None else weight.grad + gradient
-        norms.append(reference_step(adamw, LRS[step]))
-    state = {n: {"weight": w.detach(), **moments(adamw, w)} for n, w in weights.items()}
-    return Solution(norms, state)
+        norms.append(reference.step(LRS[step]))
+    return Solution(norms, {n: {"weight": w.detach(), **reference.state(w)} for n, w in weights.items()})
 
 
-def reference_adamw(members: list[tuple[Tensor, ParameterSpec]]) -> torch.optim.AdamW:
-    groups = [
-        {"params": [w for w, s in members if s.decay], "weight_decay": OPTIMIZER.weight_decay},
-        {"params": [w for w, s in members if not s.decay], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=tuple(OPTIMIZER.betas), eps=OPTIMIZER.eps, fused=False)
+class Reference:
+    """One process: clip_grad_norm_, torch.optim.AdamW, and a plain Muon for matrices where it is asked for."""
+
+    def __init__(self, members: list[tuple[nn.Parameter, ParameterSpec]], optimizer: OptimizerConfig) -> None:
+        self.config, self.members = optimizer, members
+        muon = optimizer.kind == "muon"
+        self.matrices = {w: torch.zeros_like(w) for w, s in members if muon and s.role == "matrix"}
+        self.specs = dict(members)
+        groups = [
+            {
+                "params": [w],
+                "weight_decay": optimizer.weight_decay if s.decay else 0.0,
+                "factor": getattr(optimizer.lr_scale, s.role),
+            }
+            for w, s in members
+            if w not in self.matrices
+        ]
+        betas = (optimizer.betas[0], optimizer.betas[1])
+        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=optimizer.eps, fused=False)
+
+    def step(self, lr: float) -> float:
+        norm = nn.utils.clip_grad_norm_([w for w, _ in self.members], self.config.clip)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["factor"]
+        self.adamw.step()
+        for weight, momentum in self.matrices.items():
+            scaled = lr * getattr(self.config.lr_scale, self.specs[weight].role)
+            plain_muon(weight, momentum, scaled, self.config)
+        for weight, _ in self.members:
+            weight.grad = None
+        return float(norm)
+
+    def state(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        if weight in self.matrices:
+            return {"momentum": self.matrices[weight]}
+        return {name: self.adamw.state[weight][name] for name in ("exp_avg", "exp_avg_sq")}
 
 
-def reference_step(adamw: torch.optim.AdamW, lr: float) -> float:
-    weights = [w for group in adamw.param_groups for w in group["params"]]
-    norm = nn.utils.clip_grad_norm_(weights, OPTIMIZER.clip)
-    for group in adamw.param_groups:
-        group["lr"] = lr
-    adamw.step()
-    adamw.zero_grad()
-    return float(norm)
-
-
-def moments(adamw: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor]:
-    return {name: adamw.state[weight][name] for name in ("exp_avg", "exp_avg_sq")}
+@torch.no_grad()
+def plain_muon(weight: Tensor, momentum: Tensor, lr: float, optimizer: OptimizerConfig) -> None:
+    """Keller Jordan's Muon with the scale and the weight decay of arXiv 2502.16982, as it is written there."""
+    config, gradient = optimizer.muon, weight.grad
+    assert gradient is not None
+    momentum.mul_(config.momentum).add_(gradient, alpha=1 - config.momentum)
+    update = (1 - config.momentum) * gradient + config.momentum * momentum if config.nesterov else momentum
+    x = update / update.square().sum().sqrt()
+    for _ in range(config.iterations):
+        gram = x.T @ x
+        x = 3.4445 * x - 4.7750 * x @ gram + 2.0315 * x @ gram @ gram
+    weight.mul_(1 - lr * optimizer.weight_decay)
+    weight.sub_(lr * config.rms * max(weight.shape) ** 0.5 * x)
 
 
 @dataclass(frozen=True)
@@ -289,6 +344,7 @@ class Tolerance:
 # would be off by 4e-3.
 TOLERANCES = {
     torch.float64: Tolerance(1e-12, 1e-12, 1e-12),
+    torch.float16: Tolerance(5e-4, 2e-4, 2e-3),
     torch.float32: Tolerance(2e-6, 2e-6, 3e-6),
     torch.bfloat16: Tolerance(2e-3, 1e-3, 1e-2),
 }

@@ -19,11 +19,11 @@ from tests.zero.harness import OPTIMIZER, TABLE, TOLERANCES, Case, Job, Problem,
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
-def _cases(stages: range, dtypes: tuple[torch.dtype, ...] = (F32,), **layout: int) -> list[Case]:
+def _cases(stages: range, dtypes: tuple[torch.dtype, ...] = (F32,), **layout: Any) -> list[Case]:
     return [Case("deepspeed", stage, dtype=dtype, **layout) for stage in stages for dtype in dtypes]
 
 
-EVERY, PIPELINE = range(4), range(2)
+EVERY, PIPELINE, OFFLOAD = range(4), range(2), range(1, 4)
 JOBS: dict[int, list[Job]] = {
     2: [
         *[("train", case) for micro in (1, 2, 4) for case in _cases(EVERY, dp=2, micro=micro)],
@@ -36,6 +36,13 @@ JOBS: dict[int, list[Job]] = {
         *[("skip", case) for case in _cases(EVERY, (F32, BF16), dp=2)],
         *[("skip", case) for case in _cases(PIPELINE, (F32, BF16), pp=2)],
         *[("resume", case) for case in _cases(EVERY, (F32, BF16), dp=2)],
+        *[("train", case) for case in _cases(EVERY, dp=2, optimizer="scaled")],
+        *[("train", case) for case in _cases(PIPELINE, pp=2, optimizer="scaled")],
+        *[("train", case) for case in _cases(OFFLOAD, dp=2, micro=4, offload=True)],
+        *[("train", case) for case in _cases(OFFLOAD, tp=2, offload=True)],
+        *[("fine", case) for case in _cases(OFFLOAD, (BF16,), dp=2, micro=4, offload=True)],
+        *[("skip", case) for case in _cases(OFFLOAD, (BF16,), dp=2, offload=True)],
+        *[("resume", case) for case in _cases(OFFLOAD, (BF16,), dp=2, offload=True)],
     ],
     3: [("train", case) for case in _cases(EVERY, dp=3)],
     4: [
@@ -59,17 +66,17 @@ def ranks(world: int) -> list[dict[tuple[str, str], Any]]:
 
 
 @functools.cache
-def expected(what: str, dtype: torch.dtype) -> Solution:
+def expected(what: str, dtype: torch.dtype, optimizer: str) -> Solution:
     if what in runs.MODELS:
         return runs.solve_decoder(what)
-    return solve(compute=dtype) if dtype == BF16 else solve()
+    return solve(compute=dtype if dtype == BF16 else None, optimizer=optimizer)
 
 
 @pytest.mark.parametrize(("world", "what", "case"), ALL, ids=[f"{w}-{c.id}" for _, w, c in ALL])
 def test_equals_one_process(world: int, what: str, case: Case) -> None:
     found = runs.solution(ranks(world), what, case)
     kept = F32 if case.dtype == F64 else case.dtype  # DeepSpeed's masters, moments and reduced gradients
-    assert_close(found, expected(what, case.dtype), TOLERANCES[kept])
+    assert_close(found, expected(what, case.dtype, case.optimizer), TOLERANCES[kept])
 
 
 FINE = [case for _, what, case in EVERYTHING if what == "fine"]
@@ -112,7 +119,7 @@ def test_alone_needs_no_compiler_and_prints_nothing(
     assert capfd.readouterr().out == ""
     for case in ALONE:
         solution = runs.solution([found], "train", case)
-        assert_close(solution, expected("train", case.dtype), TOLERANCES[case.dtype])
+        assert_close(solution, expected("train", case.dtype, "adamw"), TOLERANCES[case.dtype])
     assert "ZeRO 0: nothing sharded" in lines[0]
     assert "ZeRO 3: optimizer state and gradients and weights sharded over 1 ranks" in lines[-3]
     assert "fp32 masters of fp64 weights" in lines[-2]
