@@ -35,8 +35,6 @@ app.add_typer(data.app, name="data")
 data.app.command("build")(tokenize.build)
 data.app.command("show")(data_show.show)
 app.add_typer(schedule.app, name="schedule")
-app.command()(prove)
-app.command()(collectives)
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 
@@ -122,6 +120,10 @@ def generate(
     if place.rank == 0:
         for text in texts:
             typer.echo(text)
+
+
+app.command()(prove)
+app.command()(collectives)
 
 
 @bench_app.command("train")
@@ -218,6 +220,7 @@ def _start_local_ranks(script: str, arguments: Sequence[str]) -> None:
 
     from megapt import launcher
     from megapt.config import load
+    from megapt.pretrain import RunPlan
     from megapt.rules import check_world
 
     parser = argparse.ArgumentParser(
@@ -238,6 +241,7 @@ def _start_local_ranks(script: str, arguments: Sequence[str]) -> None:
     rank_arguments = ["--config", options.config, *options.overrides]
     command = launcher.local_command(script, rank_arguments, ranks=ranks, devices=devices, port=port)
     check_world(config, ranks)
+    RunPlan.of(config)  # data that is missing or too small is refused before any rank starts
     if not devices:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.execv(command[0], command)

@@ -117,7 +117,7 @@ class RecomputeConfig(Section):
 
 class ZeroConfig(Section):
     stage: Annotated[int, Field(ge=0, le=3)] = 1
-    backend: Literal["deepspeed", "native"] = "deepspeed"
+    backend: Literal["native", "deepspeed"] = "native"
     offload: bool = Field(False, description="optimizer state in the host's memory (backend deepspeed, no pipeline)")
     bucket: Count = Field(50_000_000, description="elements of one collective, at most")
 

@@ -223,7 +223,8 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "few layers": (["parallel.pipeline=5"], "parallel.pipeline", ["4 layers", "5 stages", "at most 4 stages"]),
     "ZeRO 2 with a pipeline": (
-        ["zero.stage=2", "parallel.pipeline=2"], "zero.stage", ["deepspeed ZeRO 2 with pipeline = 2", "stage 0 or 1"],
+        ["zero.stage=2", "zero.backend=deepspeed", "parallel.pipeline=2"],
+        "zero.stage", ["deepspeed ZeRO 2 with pipeline = 2", "stage 0 or 1"],
     ),
     "native ZeRO 2 with a pipeline": (
         ["zero.stage=2", "zero.backend=native", "parallel.pipeline=2"],

@@ -51,6 +51,7 @@ def stage_memory(config: Config, data: int, cpu: bool = False) -> list[StageMemo
     width = DTYPES[config.precision].itemsize
     wide = max(width, 4)
     shards = data if zero.stage >= 1 else 1
+    table, muon = parameter_table(model), config.optimizer.kind == "muon"
     activations = Activations(config, data, cpu)
     policies = activations.policies()
     stages = []
@@ -63,6 +64,9 @@ def stage_memory(config: Config, data: int, cpu: bool = False) -> list[StageMemo
         }
         count = _local_elements(config, names)
         masters = 0 if width == wide else wide
+        # Muon keeps one moment where AdamW keeps two.
+        single = {name for name in names if table[name].role == "matrix"} if muon else set()
+        state = count * (2 * wide + masters) - _local_elements(config, single) * wide
         stages.append(
             StageMemory(
                 layers=[layers[v] for v in virtual],
@@ -70,7 +74,7 @@ def stage_memory(config: Config, data: int, cpu: bool = False) -> list[StageMemo
                 parameters=count,
                 weights=count * width // (data if zero.stage == 3 else 1),
                 gradients=count * wide // (data if zero.stage >= 2 else 1),
-                optimizer=count * (2 * wide + masters) // shards,
+                optimizer=0 if zero.offload else state // shards,
                 activations=activations.peak(rank, policies[rank]),
             )
         )

@@ -259,9 +259,7 @@ class DeepSpeedBackend(ZeroBackend):
         width = tensors["weight"].numel()
         start = self.mesh.dp.rank * width
         numel = min(width, torch.Size(p.shard.shape).numel() - start)
-        return (
-            Fragment(p, start, numel, {name: t[:numel] for name, t in tensors.items()}) if numel > 0 else None
-        )
+        return Fragment(p, start, numel, {name: t[:numel] for name, t in tensors.items()}) if numel > 0 else None
 
     @torch.no_grad()
     def loaded(self, updates: int, scalars: dict[str, float] | None = None) -> None:
@@ -285,9 +283,7 @@ class DeepSpeedBackend(ZeroBackend):
 
     def describe(self) -> str:
         parts = ("optimizer state", "gradients", "weights")[: self.stage]
-        where = (
-            f"{' and '.join(parts)} sharded over {self.mesh.dp.size} ranks" if parts else "nothing sharded"
-        )
+        where = f"{' and '.join(parts)} sharded over {self.mesh.dp.size} ranks" if parts else "nothing sharded"
         weights = " of fp64 weights" if self._dtype == torch.float64 else ""
         update = "fused AdamW on the host" if self.offload else "fused AdamW"
         return f"DeepSpeed {self.version} ZeRO {self.stage}: {where}, fp32 masters{weights}, fp32 reduction, {update}"
@@ -366,9 +362,7 @@ class _Hooks:
         zero.register_grad_acc_post_hook(self._end_of_backward)
         zero.enter_backward()
         if self.stage == 3:
-            zero.override_loss_scale(
-                1.0 / backend.mesh.dp.size
-            )  # it averages over ranks; this makes it a sum
+            zero.override_loss_scale(1.0 / backend.mesh.dp.size)  # it averages over ranks; this makes it a sum
 
     def begin(self) -> None:
         self.zero.zero_grad()
@@ -413,9 +407,7 @@ def _overlap(p: Parameter) -> Fragment | None:
 def _check(stage: int, mesh: ParallelMesh, chunks: nn.ModuleList, owned: Sequence[Parameter]) -> torch.dtype:
     """The one precision of the weights; UserError for what DeepSpeed does not compute."""
     if stage > 1 and mesh.pp.size > 1:
-        raise UserError(
-            f"ZeRO {stage} does not work with pipeline = {mesh.pp.size}; use stage 0 or 1, or pipeline = 1"
-        )
+        raise UserError(f"ZeRO {stage} does not work with pipeline = {mesh.pp.size}; use stage 0 or 1, or pipeline = 1")
     dtypes = {p.dtype for p in owned}
     assert len(dtypes) == 1 and (stage < 3 or len(chunks) == 1)
     return dtypes.pop()

@@ -141,8 +141,7 @@ class Muon:
         sizes = [[m.intervals[d][1] - m.intervals[d][0] for m in mine] for d in range(self.dp.size)]
         received = self._exchange(self.dp, parts, sizes)
         return {
-            m.parameter: torch.cat([received[d][index] for d in range(self.dp.size)])
-            for index, m in enumerate(mine)
+            m.parameter: torch.cat([received[d][index] for d in range(self.dp.size)]) for index, m in enumerate(mine)
         }
 
     def _orthogonalised(self, shards: dict[Parameter, Tensor]) -> dict[Parameter, Tensor]:
@@ -192,7 +191,5 @@ class Muon:
         return torch.empty(numel, dtype=self.dtype, device=self.device)
 
 
-def _by_rank(
-    axis: Axis, matrices: Sequence[_Matrix], belongs: Callable[[_Matrix, int], bool]
-) -> list[list[_Matrix]]:
+def _by_rank(axis: Axis, matrices: Sequence[_Matrix], belongs: Callable[[_Matrix, int], bool]) -> list[list[_Matrix]]:
     return [[m for m in matrices if belongs(m, rank)] for rank in range(axis.size)]

@@ -41,9 +41,7 @@ class Overlap(Accumulator):
         for bucket in self._buckets:
             bucket.reduced()  # of a step that was given up
         self._next = 0
-        self._missing = {
-            b: micro_batches * len(b.parameters) for b in self._buckets if micro_batches and not b.late
-        }
+        self._missing = {b: micro_batches * len(b.parameters) for b in self._buckets if micro_batches and not b.late}
 
     def accumulate(self, parameter: Parameter, gradient: Tensor) -> None:
         super().accumulate(parameter, gradient)

@@ -25,6 +25,9 @@ import json, os, sys, time
 from megapt.errors import UserError
 from megapt.launcher import rank_environment
 
+class RunPlan:
+    of = staticmethod(lambda config: None)  # its data would be looked for
+
 def main(argv):
     place = rank_environment(os.environ)
     if "run.folder=refuse" in argv:
@@ -66,8 +69,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tree / "launch").mkdir()
     (tree / "megapt").mkdir()
     shutil.copy(ROOT / "launch" / "pretrain.sh", tree / "launch")
-    for name in ("__init__", "cli", "config", "errors", "launcher"):
+    for name in ("__init__", "cli", "config", "errors", "files", "launcher", "rules"):
         shutil.copy(ROOT / "megapt" / f"{name}.py", tree / "megapt")
+    shutil.copytree(ROOT / "megapt" / "commands", tree / "megapt" / "commands")
     (tree / "megapt" / "pretrain.py").write_text(TRAINING)
     (tree / "config.yaml").write_text(CONFIG)
     return tree

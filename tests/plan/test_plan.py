@@ -57,9 +57,10 @@ def test_presets_fit_their_hardware(preset: str, world: int) -> None:
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-def test_state_is_what_the_native_backend_allocates(model: dict, precision: str) -> None:
-    config = from_tree(tree(model, precision=precision)).config
+@pytest.mark.parametrize("precision, kind", [("fp32", "adamw"), ("bf16", "adamw"), ("fp64", "adamw"), ("bf16", "muon")])
+def test_state_is_what_the_native_backend_allocates(model: dict, precision: str, kind: str) -> None:
+    made = tree(model, precision=precision)
+    config = from_tree({**made, "optimizer": {**made["optimizer"], "kind": kind}}).config
     engine = Engine(config, 1, torch.device("cpu"))
     (stage,) = stage_memory(config, 1)
     assert stage.parameters == sum(p.numel() for p in engine.parameters)

@@ -235,9 +235,7 @@ def assemble(
                 assert torch.equal(local[piece][seen], tensors[key][seen]), f"{name}: copies of {key} differ"
                 local[piece] = tensors[key]
                 count[piece] += 1
-            whole = out.setdefault(name, {}).setdefault(
-                key, torch.full(table[name].shape, math.nan, dtype=dtype)
-            )
+            whole = out.setdefault(name, {}).setdefault(key, torch.full(table[name].shape, math.nan, dtype=dtype))
             whole[shard.slices()] = shard.valid(local.view(shard.shape))
         assert (count == len(keys) * copies).all(), f"{name}: elements missing or held twice"
     for name, tensors in out.items():
@@ -362,9 +360,7 @@ def assert_close(found: Solution, expected: Solution, limit: Tolerance) -> None:
             assert off <= allowed, f"{name}: {key} off by {off}"
 
 
-def in_turn(
-    jobs: list[Job], run: dict[str, Callable[[Case, ParallelMesh], Any]]
-) -> dict[tuple[str, str], Any]:
+def in_turn(jobs: list[Job], run: dict[str, Callable[[Case, ParallelMesh], Any]]) -> dict[tuple[str, str], Any]:
     """Jobs (what, case) one after the other in the same ranks: {(what, case id): result}. A failure names its job."""
     meshes: dict[tuple[int, int, int], ParallelMesh] = {}
     results = {}

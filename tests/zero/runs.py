@@ -157,8 +157,7 @@ def _fine(case: Case, mesh: ParallelMesh) -> dict[str, Any]:
 def same(a: Pieces, b: Pieces) -> bool:
     """Bit for bit."""
     return len(a) == len(b) and all(
-        x[:3] == y[:3] and all(torch.equal(x[3][key], y[3][key]) for key in x[3])
-        for x, y in zip(a, b, strict=True)
+        x[:3] == y[:3] and all(torch.equal(x[3][key], y[3][key]) for key in x[3]) for x, y in zip(a, b, strict=True)
     )
 
 
@@ -187,9 +186,7 @@ MODELS = {
 _SEQUENCES, _LENGTH = 8, 8
 
 
-def _chunk(
-    model: ModelConfig, tp: TensorParallel, dtype: torch.dtype
-) -> tuple[ParameterFactory, DecoderChunk]:
+def _chunk(model: ModelConfig, tp: TensorParallel, dtype: torch.dtype) -> tuple[ParameterFactory, DecoderChunk]:
     factory = ParameterFactory(parameter_table(model), tp, 5, dtype, torch.device("cpu"))
     return factory, DecoderChunk(model, factory, range(model.layers), True, True)
 
@@ -197,9 +194,7 @@ def _chunk(
 def _losses(chunk: nn.Module, step: int, sequences: range, micro: int) -> Iterator[torch.Tensor]:
     """Each micro-batch's part of the mean loss over the global batch, enlarged so that gradients are clipped."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(37, (_SEQUENCES, _LENGTH + 1), generator=generator)[
-        sequences.start : sequences.stop
-    ]
+    tokens = torch.randint(37, (_SEQUENCES, _LENGTH + 1), generator=generator)[sequences.start : sequences.stop]
     for part in tokens.chunk(micro):
         yield chunk(None, MicroBatch(part[:, :-1], part[:, 1:])) * (20.0 / (_SEQUENCES * _LENGTH))
 

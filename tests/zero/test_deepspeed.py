@@ -49,11 +49,7 @@ JOBS: dict[int, list[Job]] = {
         *[("train", case) for case in _cases(PIPELINE, (F32, BF16), pp=2, dp=2)],
         *[("train", case) for case in _cases(PIPELINE, pp=2, tp=2)],
         *[("train", case) for case in _cases(EVERY, dp=2, tp=2)],
-        *[
-            (name, Case("deepspeed", stage, dp=2, tp=2, model=name))
-            for name in runs.MODELS
-            for stage in (2, 3)
-        ],
+        *[(name, Case("deepspeed", stage, dp=2, tp=2, model=name)) for name in runs.MODELS for stage in (2, 3)],
         ("llama", Case("deepspeed", 3, dp=2, tp=2, sequence=False, model="llama")),
     ],
 }

@@ -62,11 +62,7 @@ JOBS: dict[int, list[Job]] = {
         *[("overlap", Case("native", stage, dp=2, model="llama", bucket=1200)) for stage in range(3)],
         *[("skip", case) for case in _cases(dp=2)],
         *[("skip", case) for case in _cases(PIPELINE, pp=2)],
-        *[
-            ("resume", Case("native", stage, dp=2, dtype=dtype))
-            for stage in range(3)
-            for dtype in (F64, BF16)
-        ],
+        *[("resume", Case("native", stage, dp=2, dtype=dtype)) for stage in range(3) for dtype in (F64, BF16)],
     ],
     4: [
         *[("train", case) for case in _cases(dp=4)],  # the last shard is empty

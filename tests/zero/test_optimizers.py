@@ -36,9 +36,7 @@ def test_the_plain_muon_of_these_tests_is_torchs(shape: tuple[int, int], nestero
     generator = torch.Generator().manual_seed(1)
     ours, theirs = (nn.Parameter(torch.randn(shape, generator=generator.manual_seed(1))) for _ in range(2))
     config = OptimizerConfig(kind="muon", weight_decay=0.1, muon=MuonConfig(nesterov=nesterov))
-    optimizer = torch.optim.Muon(
-        [theirs], lr=0.01, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw"
-    )
+    optimizer = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw")
     momentum = torch.zeros_like(ours)
     for _ in range(3):
         before = ours.detach().clone()
