@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megapt.errors import UserError
 from megapt.launcher import RankEnvironment, rank_environment
 
+# Of a collective. What trains watches itself, and waits longer than it does, so that its report comes first.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -32,24 +33,33 @@ def device_of(environment: RankEnvironment) -> torch.device:
     return torch.device("cuda", 0 if visible == 1 else local)
 
 
-def join(environment: RankEnvironment | None = None) -> tuple[RankEnvironment, torch.device]:
+def join(
+    environment: RankEnvironment | None = None, timeout: timedelta = TIMEOUT
+) -> tuple[RankEnvironment, torch.device]:
     """Join the process group that the launcher's variables describe; a world of one needs none.
 
-    Returns this rank's place and its device. NCCL on GPUs, gloo on CPUs.
+    timeout: after which a collective that does not end is an error. Returns this rank's place and its device. NCCL on
+    GPUs, gloo on CPUs. Raises UserError if the ranks cannot meet at the master's address and port.
     """
     environment = environment or rank_environment(dict(os.environ))
     device = device_of(environment)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if environment.world > 1:
-        address = f"tcp://{environment.master_addr}:{environment.master_port}"
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=address,
-            rank=environment.rank,
-            world_size=environment.world,
-            timeout=TIMEOUT,
-        )
+        address = f"{environment.master_addr}:{environment.master_port}"
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                init_method=f"tcp://{address}",
+                rank=environment.rank,
+                world_size=environment.world,
+                timeout=timeout,
+            )
+        except dist.DistNetworkError as error:
+            raise UserError(
+                f"rank {environment.rank} cannot meet the others at {address} ({str(error).splitlines()[0]}): "
+                "MASTER_ADDR and MASTER_PORT must name rank 0's host and a port of it that no other program holds"
+            ) from error
     return environment, device
 
 

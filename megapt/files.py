@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import IO
 
 StrPath = str | os.PathLike[str]
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def temporary_name(path: StrPath) -> Path:
@@ -38,7 +41,8 @@ def open_whole(path: StrPath, make_folder: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that appears as `path` when the `with` block ends, and never if it raises.
 
     A reader at any moment, and after any crash, sees the old file or the new one. `make_folder`: make the folder
-    too where it is missing.
+    too where it is missing. An OSError for want of room, or about the temporary name, comes out with `path` as its
+    file name, which those of an open file lack.
     """
     path = Path(path)
     if make_folder:
@@ -49,6 +53,11 @@ def open_whole(path: StrPath, make_folder: bool = True) -> Iterator[IO[bytes]]:
             yield file
             sync_file(file)
         os.replace(temporary, path)
+    except OSError as error:
+        full = error.filename is None and error.errno in DISK_FULL
+        if full or error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

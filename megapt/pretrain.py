@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ def _join_and_train(loaded: Loaded, plan: RunPlan, environment: RankEnvironment)
     from megapt.monitor.watchdog import Watchdog
 
     config = loaded.config
-    environment, device = join(environment)
+    environment, device = join(environment, timedelta(seconds=2 * config.run.stall_timeout + 600))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     data, tensor = check_world(config, environment.world), config.parallel.tensor
     limit = config.run.time_limit
@@ -276,8 +277,9 @@ class Training:
         stop = _StopAgreement(self.engine.mesh)
         interval_start, interval_step = time.perf_counter(), self.step
         while self.step < self.plan.steps:
-            self.beat(self.step, "training")
+            self.beat(self.step, "loading data")
             batch = self.loader.step(self.step)
+            self.beat(self.step, "training")
             lr = self.plan.lr(self.step)
             record = self.step + 1 == config.run.timeline_step
             loss, result = self.engine.train_step(batch, lr, record)
@@ -439,6 +441,8 @@ class _StopAgreement:
         import torch
         import torch.distributed as dist
 
+        from megapt.mesh import all_reduce
+
         if self.mesh.world == 1:
             return reason is not None
         stopping = False
@@ -447,5 +451,5 @@ class _StopAgreement:
             work.wait()
             stopping = bool(flag.item())
         flag = torch.tensor(int(reason is not None), dtype=torch.int32)
-        self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
+        self.pending = (all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag)
         return stopping

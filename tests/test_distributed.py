@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
-from megapt.distributed import device_of
+from megapt.distributed import device_of, join
 from megapt.errors import UserError
 from megapt.launcher import RankEnvironment
 
@@ -38,3 +40,13 @@ def test_two_ranks_never_share_one_of_several_gpus(monkeypatch: pytest.MonkeyPat
         device_of(_rank(4))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert device_of(_rank(4)) == torch.device("cpu")
+
+
+def test_a_port_that_another_program_holds_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"rank 0 cannot meet the others at localhost:{port} .* no other program"):
+            join(RankEnvironment(0, 0, 2, 2, "localhost", port, "variables"))

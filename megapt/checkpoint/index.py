@@ -38,7 +38,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class Entry:
-    """One kind (`weight`, or of its optimizer `exp_avg`, `exp_avg_sq`, `momentum`) of a parameter; dtype in safetensors' words: `F32`."""
+    """One kind (`weight`, or `exp_avg`, `exp_avg_sq` of AdamW, `momentum` of Muon) of a parameter; dtype in
+    safetensors' words: `F32`."""
 
     dtype: str
     slices: tuple[Slice, ...]

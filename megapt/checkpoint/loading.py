@@ -172,8 +172,9 @@ def _checked_reader(
         name = _stored_name(fragment)
         for kind, view in _targets(fragment, weights_only):
             if kind not in index.tensors[name].kinds:
+                held = ", ".join(index.tensors[name].kinds)
                 raise UserError(
-                    f"{folder} holds no {kind} of {name}, only {', '.join(index.tensors[name].kinds)}{_trained(index)}; "
+                    f"{folder} holds no {kind} of {name}, only {held}{_trained(index)}; "
                     "to start from its weights, load weights only"
                 )
             stored = reader.dtype(name, kind)

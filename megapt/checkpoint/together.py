@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megapt.errors import UserError
-from megapt.mesh import ParallelMesh
+from megapt.mesh import ParallelMesh, all_reduce
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Together:
 
     def _collect(self, text: str | None) -> str | None:
         failed = torch.tensor([int(text is not None)], dtype=torch.int32, device=self.mesh.device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        all_reduce(failed, dist.ReduceOp.MAX)
         if not failed.item():
             return None
         texts: list[str | None] = [None] * self.mesh.world

@@ -109,7 +109,7 @@ def build(
         f"{report.bytes:,} bytes in {report.files:,} files, {report.seconds:.1f} s by {report.engine}"
     )
     for count, what in (
-        (report.passed_over, "binary files were passed over"),
+        (report.passed_over, "files were passed over: binary, or written by a build"),
         (report.replaced, "invalid characters became U+FFFD"),
         (report.skipped, "documents were left out: not valid UTF-8"),
         (report.duplicates, "documents were left out: seen before"),

@@ -205,11 +205,6 @@ class PhasedBlend:
         return self._given[phase] + self.blends[phase].counts(samples - int(self._firsts[phase]))
 
 
-def epochs(blend: BlendLike, samples: int, samples_per_epoch: Sequence[float]) -> Float64:
-    """How often each source is read in `samples` samples, given its samples per epoch [k]: float64 [k]."""
-    return blend.counts(samples) / np.asarray(samples_per_epoch, np.float64)
-
-
 class _Node:
     """A subtree of the budget tree: `source` of a leaf, or the two `sides` of an inner node."""
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from megapt.data import pieces, tokenizers
 from megapt.data.build_progress import BuildProgress
-from megapt.data.build_state import State, WorkingFolder
+from megapt.data.build_state import FORMAT, State, WorkingFolder
 from megapt.data.documents import Invalid
 from megapt.data.encode import Rules, WorkersDied, encode_all
 from megapt.data.indexed import best_dtype
@@ -24,7 +24,6 @@ from megapt.data.statistics import LengthCounts
 from megapt.errors import UserError
 from megapt.files import StrPath, write_whole
 
-_FORMAT = 1  # of the working folder: one of another number is not gone on with
 _REPORT, _PICTURE = "report.json", "lengths.png"
 
 
@@ -36,7 +35,8 @@ class BuildReport:
     of text and `files` read, compressed files counted as they are inside; `seconds` taken to tokenize, interrupted
     attempts included as far as their work counted; `replaced`: invalid bytes or characters that became U+FFFD;
     `skipped`: documents left out because they held some; `duplicates`: documents left out because an earlier one has
-    the same text; `passed_over`: binary files in the folders given; `engine`: the library that encoded.
+    the same text; `passed_over`: files in the folders given that are binary or
+    were written by a build; `engine`: the library that encoded.
     """
 
     documents: int
@@ -81,8 +81,9 @@ def build(inputs: Iterable[StrPath], output_prefix: StrPath, tokenizer_path: Str
     append.
     """
     prefix = _check_prefix(output_prefix)
-    if workers < 1:
-        raise UserError(f"{workers} workers are not possible; 1 or more are needed")
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if not 1 <= workers <= most:
+        raise UserError(f"{workers} workers are not possible on a machine of {os.cpu_count()} CPUs; 1 to {most} are")
     tokenizer = tokenizers.load(tokenizer_path, eod)
     if append_eod and tokenizer.eod is None:
         raise UserError(f"tokenizer {tokenizer.path} does not say which token ends a document; name it "
@@ -91,7 +92,7 @@ def build(inputs: Iterable[StrPath], output_prefix: StrPath, tokenizer_path: Str
     sources, passed_over = list_sources(inputs)
     if not sources:
         raise UserError(f"no text files in {', '.join(map(str, inputs)) or 'an empty list of inputs'}"
-                        f" ({passed_over} binary files passed over)")
+                        f" ({passed_over} files passed over, binary or written by a build)")
     rules = Rules(text_key, append_eod, split_sentences, invalid, dedup == "exact")
     manifest = _manifest(sources, tokenizer, rules)
     folder = WorkingFolder(prefix, best_dtype(tokenizer.vocabulary), not split_sentences, rules.hashes)
@@ -133,7 +134,7 @@ def _check_prefix(output_prefix: StrPath) -> str:
 def _manifest(sources: list[Source], tokenizer: tokenizers.Tokenizer, rules: Rules) -> dict[str, Any]:
     """All that the output depends on."""
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "inputs": [[STDIN if s.path == STDIN else os.path.abspath(s.path), s.size, s.mtime_ns] for s in sources],
         "tokenizer": tokenizer.fingerprint(),
         "eod": tokenizer.eod,
@@ -203,7 +204,8 @@ def _finish(folder: WorkingFolder, sources: list[Source], tokenizer: tokenizers.
         "inputs": [{"path": source.path, "bytes": source.size} for source in sources],
     }
     write_whole(folder.path / _REPORT, (json.dumps(report, indent=2) + "\n").encode())
-    title = f"{Path(folder.prefix).name}: {state.documents:,} documents, {state.tokens:,} tokens"
+    name = os.fsencode(Path(folder.prefix).name).decode("utf-8", "replace")  # fonts know characters alone
+    title = f"{name}: {state.documents:,} documents, {state.tokens:,} tokens"
     write_whole(folder.path / _PICTURE, lengths.picture(title))
     folder.write_index()
 

@@ -27,11 +27,12 @@ import numpy.typing as npt
 
 from megapt.data.dedup import HASH, SeenHashes
 from megapt.data.encode import Encoded, combine
-from megapt.data.index_format import MAX_LENGTH, Header
+from megapt.data.index_format import MAX_LENGTH, Header, write_index
 from megapt.data.pieces import WorkItem
 from megapt.errors import UserError
 from megapt.files import sync_file, sync_folder, write_whole
 
+FORMAT = 1  # of the working folder: one of another number is not gone on with
 COMMIT_SECONDS = 5.0  # between two commits
 
 _CHUNK = 1 << 20  # index entries handled at a time
@@ -105,8 +106,16 @@ class WorkingFolder:
             self._lock = None
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            raise UserError(f"another process is building {self.prefix} now; wait for it or choose another "
-                            "output") from None
+            raise self._taken() from None
+        with suppress(FileNotFoundError):  # a build that just ended removed the folder, and another may have made it
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / "lock")):
+                return
+        self._lock.close()
+        self._lock = None
+        raise self._taken()
+
+    def _taken(self) -> UserError:
+        return UserError(f"another process is building {self.prefix} now; wait for it or choose another output")
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of an unfinished build here, and its state; None if there is none."""
@@ -115,9 +124,12 @@ class WorkingFolder:
             state = json.loads((self.path / _STATE).read_bytes())
         except FileNotFoundError:
             return None
-        state["open"] = state["open"] and OpenDocument(**state["open"])
-        self.state = State(**state)
-        self._note_start()
+        if manifest.get("format") == FORMAT:  # another's state may have other fields
+            state["open"] = state["open"] and OpenDocument(**state["open"])
+            self.state = State(**state)
+            self._note_start()
+        else:
+            self.started = True
         return manifest
 
     def begin(self, manifest: dict[str, Any]) -> None:
@@ -185,20 +197,12 @@ class WorkingFolder:
 
     def write_index(self) -> None:
         """Write the `.idx`, still inside the folder, and count the build whole; after `commit`."""
-        lengths = _column(self.path / _LENGTHS, "<i4")
+        header = Header(self.dtype, self.state.sequences, self.state.documents + 1)
         with open(self.path / _INDEX, "wb", buffering=1 << 20) as file:
-            file.write(Header(self.dtype, self.state.sequences, self.state.documents + 1).pack())
-            for start in range(0, len(lengths), _CHUNK):
-                file.write(lengths[start:start + _CHUNK].tobytes())
-            at = 0
-            for start in range(0, len(lengths), _CHUNK):
-                ends = at + np.cumsum(lengths[start:start + _CHUNK].astype(np.int64) * self.dtype.itemsize)
-                file.write(np.concatenate([[at], ends[:-1]]).astype("<i8").tobytes())
-                at = int(ends[-1])
-            boundaries = _column(self.path / _BOUNDARIES, "<i8")
-            for start in range(0, len(boundaries), _CHUNK):
-                file.write(boundaries[start:start + _CHUNK].tobytes())
+            size = write_index(file, header, lambda: _parts(self.path / _LENGTHS, "<i4"),
+                               _parts(self.path / _BOUNDARIES, "<i8"))
             sync_file(file)
+        assert size == self.state.tokens * self.dtype.itemsize, self.prefix
         self.state.whole = True
         self.commit()
 
@@ -352,6 +356,11 @@ def _check_length(length: int, document: int) -> None:
     if length > MAX_LENGTH:
         raise UserError(f"document {document} has {length} tokens or more; the format holds at most {MAX_LENGTH} in "
                         "one sequence: split the document, or build with split_sentences")
+
+
+def _parts(path: Path, dtype: str) -> Iterator[npt.NDArray[Any]]:
+    column = _column(path, dtype)
+    return (column[start:start + _CHUNK] for start in range(0, len(column), _CHUNK))
 
 
 def _column(path: Path, dtype: str) -> npt.NDArray[Any]:

@@ -73,7 +73,10 @@ class TokenDataset:
         self.name = f"{self.reader.prefix} ({split_name})"
         if not self.reader.num_sequences:
             raise UserError(f"{self.reader.prefix} holds no tokens; build it from text that has some")
-        ranges = split_ranges(split, self.reader.num_sequences, requested=(split_name,))
+        try:
+            ranges = split_ranges(split, self.reader.num_sequences, requested=(split_name,))
+        except UserError as error:
+            raise UserError(f"{self.reader.prefix}: {error}") from error
         self.sequences = ranges[SPLITS.index(split_name)]
         if self.sequences[0] == self.sequences[1]:
             raise UserError(

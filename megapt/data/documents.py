@@ -63,13 +63,18 @@ def read_parts(piece: Piece, text_key: str, invalid: Invalid = "replace") -> Ite
 
 
 def read_texts(inputs: Iterable[StrPath], text_key: str) -> Iterator[str]:
-    """The texts of files and folders in order, long documents in parts. UserError if there are none."""
+    """The texts of files and folders in order, long documents in parts. UserError if there is no text in them."""
     sources, _ = list_sources(inputs)
     if not sources:
         raise UserError(f"no text files in {', '.join(map(str, inputs))}")
+    some = False
     for item in work_items(sources):
         for piece in item.pieces:
-            yield from (part.text for part in read_parts(piece, text_key))
+            for part in read_parts(piece, text_key):
+                some = some or bool(part.text)
+                yield part.text
+    if not some:
+        raise UserError(f"the {len(sources)} input files hold no text")
 
 
 def decode(data: bytes) -> tuple[str, int]:

@@ -8,8 +8,9 @@ numbers, the first of them 0, and for multimodal corpora i8[Ns] modes. All numbe
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +78,25 @@ def read_header(idx: Storage) -> Header:
     if boundaries < 1:
         raise UserError(f"{idx.name} is damaged: no document boundaries, but there is at least the first, 0")
     return Header(DTYPES[code], int(sequences), int(boundaries))
+
+
+def write_index(file: IO[bytes], header: Header, lengths: Callable[[], Iterable[npt.NDArray[np.int32]]],
+                boundaries: Iterable[npt.NDArray[np.int64]]) -> int:
+    """Write an `.idx` of sequences that lie back to back, and return the bytes of tokens that they make.
+
+    `lengths()` gives all lengths, a part at a time and the same twice; `boundaries` all document boundaries.
+    """
+    file.write(header.pack())
+    for part in lengths():
+        file.write(part.astype("<i4").data)
+    at = 0
+    for part in lengths():
+        ends = at + np.cumsum(part.astype(np.int64) * header.dtype.itemsize)
+        file.write(np.concatenate([[at], ends[:-1]]).astype("<i8").data)
+        at = int(ends[-1])
+    for bounds in boundaries:
+        file.write(bounds.astype("<i8").data)
+    return at
 
 
 def cast_tokens(tokens: npt.NDArray[np.integer[Any]], dtype: np.dtype[Any], first: int, target: StrPath

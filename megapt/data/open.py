@@ -72,10 +72,20 @@ def open_train(config: Config, total_samples: int) -> CompositeDataset:
     model does not know, and for budgets that the run's length does not meet.
     """
     data, sources = config.data, _listed(config.data.train)
+    if len(sources) == 1 and (data.phases or sources[0].tokens is not None):
+        key = "data.phases" if data.phases else "data.train: `tokens`"
+        raise UserError(f"{key}: shares the run out among sources, but {sources[0].label} is the only one; leave it out, "
+                        "or name others")
     objective = _objective(config, fim=True)
     split = data.split if data.valid is None else "1,0,0"
     if data.order == "megatron":
-        return _open_megatron(config, sources, split, total_samples, objective)
+        try:
+            return _open_megatron(config, sources, split, total_samples, objective)
+        except MemoryError as error:
+            raise UserError(
+                f"data.order = megatron keeps all {total_samples:,} samples of the run in memory, which this machine "
+                "does not have; set data.order=arithmetic, which keeps none, or make the run shorter"
+            ) from error
     opened = {source.label: _open_source(config, source, "train", split) for source in sources}
     blend = None if len(sources) == 1 else _blend(config, sources, opened, total_samples)
     return CompositeDataset(opened, config.model.vocabulary, blend, objective)

@@ -209,8 +209,11 @@ class PackedIndex:
 
     def __init__(self, folder: Path, sequence: int) -> None:
         self.sequence = sequence
-        self._pieces = np.memmap(folder / "pieces", _PIECE, "r")
-        self._bins = np.memmap(folder / "bins", "<i8", "r")
+        try:
+            self._pieces = np.memmap(folder / "pieces", _PIECE, "r")
+            self._bins = np.memmap(folder / "bins", "<i8", "r")
+        except (OSError, ValueError) as error:  # numpy's for what is empty, or no whole number of entries
+            raise UserError(f"{folder} is damaged ({error}); remove it, it is built again") from error
         if self._bins[-1] != len(self._pieces) or self._bins[0] != 0:
             raise UserError(f"{folder} is damaged: it holds {len(self._pieces)} pieces, but its samples end at piece "
                             f"{self._bins[-1]}; remove it, it is built again")

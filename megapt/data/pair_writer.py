@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,13 +13,12 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megapt.data.index_format import CODES, MAX_LENGTH, Header, cast_tokens
+from megapt.data.index_format import CODES, MAX_LENGTH, Header, cast_tokens, write_index
 from megapt.data.storage import LocalFile, Progress, Storage
 from megapt.errors import UserError
-from megapt.files import StrPath, sync_file, sync_folder, temporary_name
+from megapt.files import DISK_FULL, StrPath, sync_file, sync_folder, temporary_name
 
 _CHUNK = 1 << 18  # index entries handled at a time
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Integers = npt.NDArray[np.integer[Any]]
 
@@ -61,7 +59,7 @@ class PairWriter:
                 file.close()
         self._bin_temporary.unlink(missing_ok=True)
         self._idx_temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise UserError(f"{self.bin_path} cannot be written: {error.strerror}, after {self.num_tokens:,} tokens; "
                             "make room, or choose another output. What was there before is unharmed") from error
 
@@ -94,19 +92,10 @@ class PairWriter:
         """Write the index and bring both files to the disk, still under their temporary names."""
         sync_file(self._file)
         with open(self._idx_temporary, "xb", buffering=1 << 20) as file:
-            file.write(Header(self.dtype, self.num_sequences, self.num_boundaries).pack())
-            for lengths in _entries(self._lengths, "<i4"):
-                file.write(lengths.data)
-            at = 0
-            for lengths in _entries(self._lengths, "<i4"):
-                ends = at + np.cumsum(lengths.astype(np.int64) * self.dtype.itemsize)
-                offsets = np.concatenate([[at], ends[:-1]])
-                file.write(offsets.astype("<i8").data)
-                at = int(ends[-1])
-            for boundaries in _entries(self._boundaries, "<i8"):
-                file.write(boundaries.data)
+            header = Header(self.dtype, self.num_sequences, self.num_boundaries)
+            size = write_index(file, header, lambda: _entries(self._lengths, "<i4"), _entries(self._boundaries, "<i8"))
             sync_file(file)
-        assert at == self.num_tokens * self.dtype.itemsize == os.path.getsize(self._bin_temporary), self.prefix
+        assert size == self.num_tokens * self.dtype.itemsize == os.path.getsize(self._bin_temporary), self.prefix
 
     def commit(self) -> None:
         """Give both files their names; `finish` comes before."""

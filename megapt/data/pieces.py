@@ -25,6 +25,7 @@ STDIN = "-"
 
 _WINDOW = 1 << 16  # bytes looked at once in search of a place to cut
 _AROUND = 3  # bytes of the longest blank character, seen on both sides of a cut
+_BUILT = (".bin", ".idx", ".report.json", ".lengths.png", ".sha256")  # behind a pair's prefix
 _FILES = 256  # small files per work item
 
 Kind = Literal["text", "jsonl", "parquet"]
@@ -96,7 +97,8 @@ def list_sources(inputs: Iterable[StrPath]) -> tuple[list[Source], int]:
     """The files to read, and how many were passed over.
 
     A folder stands for the files below it, sorted by path, without hidden ones (a name that begins with ".") and
-    without binary ones of unknown kind (a NUL among the first 8 KiB), which are counted. "-" is standard input.
+    without two kinds that are counted: binary ones of unknown kind (a NUL among the first 8 KiB), and what a build wrote
+    or is writing there. "-" is standard input.
     UserError if an input does not exist, is named itself and is binary, or needs a library that is missing.
     """
     sources: list[Source] = []
@@ -165,7 +167,8 @@ def _sources(name: str) -> Iterator[Source | None]:
     if name == STDIN:
         yield Source(STDIN, "jsonl", "", 0, 0)
     elif path.is_dir():
-        yield from map(_source, sorted(_walk(path)))
+        for found in sorted(_walk(path)):
+            yield None if _is_built(found) else _source(found)
     elif not path.exists():
         raise UserError(f"input {path} does not exist")
     elif not path.is_file():
@@ -203,7 +206,7 @@ def _source(path: Path) -> Source | None:
 
 def _walk(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not name.endswith(".building")]
         for name in names:
             path = Path(root, name)
             if not name.startswith(".") and path.is_file():
@@ -212,6 +215,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _refuse(error: OSError) -> None:
     raise error
+
+
+def _is_built(path: Path) -> bool:
+    """Whether this belongs to a pair: text as much of it is, it must not become the next build's input."""
+    prefixes = [path.name.removesuffix(ending) for ending in _BUILT if path.name.endswith(ending)]
+    return any(path.with_name(prefix + ".idx").exists() for prefix in prefixes)
 
 
 def _is_binary(path: Path) -> bool:

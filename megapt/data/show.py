@@ -13,7 +13,7 @@ import numpy as np
 from megapt.batch import IGNORE
 from megapt.config import Config, load
 from megapt.data import tokenizers
-from megapt.data.blend import Blend
+from megapt.data.blend import Blend, BlendLike, PhasedBlend
 from megapt.data.composite import CompositeDataset
 from megapt.data.open import open_train, schedule
 from megapt.data.receipt import Receipt
@@ -114,7 +114,8 @@ def print_sources(data: CompositeDataset, total_samples: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    error = data.blend.error if isinstance(data.blend, Blend) else 0.0
+    phases = _phases(data.blend)
+    error = max((blend.error for _, blend in phases), default=0.0)
     caption = f"shares are rounded by at most {error:.1e}" if error else None
     table = Table(title="sources", title_justify="left", caption=caption)
     for name in ("source", "share", "samples", "tokens", "of", "epochs"):
@@ -122,7 +123,19 @@ def print_sources(data: CompositeDataset, total_samples: int) -> None:
     for use in data.describe(total_samples):
         numbers = (f"{use.samples:,}", f"{use.tokens:,}", f"{use.available:,}", f"{use.epochs:.2f}")
         table.add_row(use.name, f"{100 * use.share:.2f} %", *numbers)
-    Console(width=120, highlight=False).print(table)
+    console = Console(width=120, highlight=False)
+    console.print(table)
+    for first, blend in phases if len(phases) > 1 else []:
+        shares = ", ".join(f"{name} {100 * w:.2f} %" for name, w in zip(blend.names, blend.weights, strict=True) if w)
+        late = "" if first < total_samples else "; not reached in this run"
+        console.print(f"phase from token {first * data.sequence:,}: {shares}{late}", markup=False, soft_wrap=True)
+
+
+def _phases(blend: BlendLike | None) -> list[tuple[int, Blend]]:
+    """(first sample, shares) of each phase; none for what has no constant shares."""
+    if isinstance(blend, PhasedBlend):
+        return list(zip(blend.firsts, blend.blends, strict=True))
+    return [(0, blend)] if isinstance(blend, Blend) else []
 
 
 def _look_up(data: CompositeDataset, number: int) -> ShownSample:

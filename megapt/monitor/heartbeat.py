@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from megapt.operations import Place, diagnose
+from megapt.monitor.hang import explain
+from megapt.operations import Place
 
 # A verdict about hundreds of ranks is still one line.
 _NAMED_AT_MOST = 8
@@ -56,7 +57,7 @@ class Heartbeat:
     @staticmethod
     def decode(data: bytes) -> Heartbeat:
         count, beats, state, step, phase, host, pid, place = json.loads(data)
-        return Heartbeat(count, beats, State(state), step, phase, host, pid, Place(**place))
+        return Heartbeat(count, beats, State(state), step, phase, host, pid, Place.from_dict(place))
 
 
 class Kind(Enum):
@@ -183,47 +184,30 @@ class Roster:
     def _stalled(self) -> Verdict | None:
         if self._stall_timeout is None or self._stillness <= self._stall_timeout:
             return None
-        running = [
-            (latest.step, latest.phase, rank)
-            for rank, latest in zip(self._ranks, self._latest, strict=True)
-            if latest is not None and latest.state is State.RUNNING
-        ]
+        # The stall clock runs only where everybody has been heard.
+        latest = {r: heartbeat for r, heartbeat in zip(self._ranks, self._latest, strict=True) if heartbeat is not None}
+        running = {r: heartbeat for r, heartbeat in latest.items() if heartbeat.state is State.RUNNING}
         if not running:
             return None
-        lowest = min(step for step, _, _ in running)
-        phases: dict[str, list[int]] = {}
-        for step, phase, rank in running:
-            if step == lowest:
-                phases.setdefault(phase, []).append(rank)
-        # The phase with the fewest ranks stands first: the others usually wait for these.
-        groups = [
-            f"in phase '{phase}': {_join([self._describe(rank) for rank in ranks])}"
-            for phase, ranks in sorted(phases.items(), key=lambda item: len(item[1]))
-        ]
-        text = (
-            f"no rank has made progress for {self._stillness:.3g} s; the lowest step is {lowest}, "
-            f"{'; '.join(groups)}. {self._places(lowest)}Every rank's log now holds its stacks."
-        )
-        return Verdict(Kind.STALLED, tuple(sorted(rank for ranks in phases.values() for rank in ranks)), text)
+        lowest = min(heartbeat.step for heartbeat in running.values())
+        missing, why = explain({r: heartbeat.place for r, heartbeat in latest.items()}, self._describe)
+        text = f"no rank has made progress for {self._stillness:.3g} s; the lowest step is {lowest}"
+        if missing:
+            first = _join([self._describe(rank) + last_seen(latest[rank]) for rank in missing])
+            text += f". {why} Look first at the log of {first}: every rank's log now holds its stacks."
+            return Verdict(Kind.STALLED, tuple(missing), text)
+        last = {r: heartbeat for r, heartbeat in running.items() if heartbeat.step == lowest}
+        text += f", {self._groups(last)}. Every rank's log now holds its stacks."
+        return Verdict(Kind.STALLED, tuple(sorted(last)), text)
 
-    def _places(self, step: int) -> str:
-        """Which operations the ranks of this step are at, and whom they wait for."""
-        places = {
-            rank: latest.place
-            for rank, latest in zip(self._ranks, self._latest, strict=True)
-            if latest is not None and latest.state is State.RUNNING and latest.step == step
-        }
-        missing, lines = diagnose(places)
-        if not lines:
-            return ""
-        accused = [self._place(rank, places[rank]) for rank in missing if rank in places]
-        return f"They wait for {_join(accused)}. In detail: {_join(lines)}. "
-
-    def _place(self, rank: int, place: Place) -> str:
-        at = f"operation {place.index}" + (f" of {place.of}" if place.of else "")
-        last = f", {place.operation}" if place.operation else ""
-        following = f", before {place.next}" if place.next else ""
-        return f"{self._describe(rank)} in {place.action or 'no action'} (after {at}{last}{following})"
+    def _groups(self, heartbeats: Mapping[int, Heartbeat]) -> str:
+        """Ranks by what they do, the fewest first: the others usually wait for these."""
+        groups: dict[str, list[int]] = {}
+        for rank, heartbeat in heartbeats.items():
+            action = f" ({heartbeat.place.action})" if heartbeat.place.action else ""
+            groups.setdefault(f"in phase '{heartbeat.phase}'{action}", []).append(rank)
+        ordered = sorted(groups.items(), key=lambda item: len(item[1]))
+        return "; ".join(f"{what}: {_join([self._describe(rank) for rank in ranks])}" for what, ranks in ordered)
 
 
 def last_seen(heartbeat: Heartbeat | None) -> str:

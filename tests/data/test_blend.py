@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapt.data.blend import LONGEST_PERIOD, Blend, BlendLike, BudgetBlend, PhasedBlend, _share, epochs
+from megapt.data.blend import LONGEST_PERIOD, Blend, BlendLike, BudgetBlend, PhasedBlend, _share
 from megapt.errors import UserError
 
 
@@ -201,8 +201,3 @@ def test_phases_hold_their_quotas_and_run_on() -> None:
 def test_impossible_phases(phases: list[tuple[int, dict[str, float]]], message: str) -> None:
     with pytest.raises(UserError, match=message):
         PhasedBlend(phases)
-
-
-def test_epochs_of_each_source() -> None:
-    blend = Blend({"small": 0.1, "large": 0.9})
-    assert epochs(blend, 1000, [50, 1800.0]).tolist() == [2.0, 0.5]

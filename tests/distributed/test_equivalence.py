@@ -11,8 +11,8 @@ from megapt.prove.small import built_in
 
 # fp64 shows what fp32 would hide; fp32 shows that nothing leans on fp64.
 FP32 = (
-    "tp=2,pp=2,schedule=zb-h1,recompute=full,zero=native-1;dp=4,zero=native-2,optimizer=muon;tp=4,sequence=off;"
-    "tp=2,dp=2,zero=deepspeed-3;pp=2,schedule=zb-v,zero=deepspeed-1;tp=2,dp=2,recompute=selective,zero=deepspeed-2"
+    "tp=2,pp=2,schedule=zb-h1,recompute=full,zero=native-1;pp=2,schedule=zb-v,zero=deepspeed-1;"
+    "dp=2,recompute=selective,zero=native-2,optimizer=muon;tp=2,zero=deepspeed-3"
 )
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megapt.monitor.heartbeat import Heartbeat, Kind, Roster, State, Verdict
+from megapt.operations import Blocked, Place
 
 
 def describe(rank: int) -> str:
@@ -25,13 +28,14 @@ class Ranks:
         self.positions = [(0, 0, "start")] * world
         self.states = [State.RUNNING] * world
         self.raw = [b""] * world
+        self.places = [Place("")] * world
 
     def live(self, *ranks: int) -> None:
         for rank in ranks:
             self.counts[rank] += 1
             beats, step, phase = self.positions[rank]
             heartbeat = Heartbeat(
-                self.counts[rank], beats, self.states[rank], step, phase, "node3", 40 + rank
+                self.counts[rank], beats, self.states[rank], step, phase, "node3", 40 + rank, self.places[rank]
             )
             self.raw[rank] = heartbeat.encode().encode()
 
@@ -124,6 +128,30 @@ def test_a_stall_names_the_lowest_step_rarest_phase_first() -> None:
     assert "lowest step is 7, in phase 'data': rank 2; in phase 'forward': rank 1, rank 3." in verdict.text
 
 
+def test_a_stall_names_the_rank_that_the_others_wait_for_and_its_process() -> None:
+    ranks = Ranks(3, stall_timeout=60.0)
+    waiting = Blocked("tp ranks 0, 1, 2", 4, "all-reduce", "[8] float32")
+    ranks.places = [Place("forward of micro-batch 2", issued={"tp ranks 0, 1, 2": 4}, blocked=waiting)] * 3
+    ranks.places[1] = Place("forward of micro-batch 1", issued={"tp ranks 0, 1, 2": 3})
+    for rank in range(3):
+        ranks.beat(rank, 7, "training")
+    verdict = ranks.pass_time(1000, 0, 1, 2)
+    assert verdict is not None and verdict.ranks == (1,) and "\n" not in verdict.text
+    assert "the lowest step is 7. MISSING: rank 1, in forward of micro-batch 1." in verdict.text
+    assert "Look first at the log of rank 1 [process 41 on node3, last at step 7, phase 'training']" in verdict.text
+
+
+def test_ranks_that_wait_for_nobody_are_told_apart_by_what_they_do() -> None:
+    ranks = Ranks(3, stall_timeout=60.0)
+    ranks.places = [Place("optimizer step"), Place("forward of micro-batch 1"), Place("optimizer step")]
+    for rank in range(3):
+        ranks.beat(rank, 7, "training")
+    verdict = ranks.pass_time(1000, 0, 1, 2)
+    assert verdict is not None
+    assert "in phase 'training' (forward of micro-batch 1): rank 1; in phase 'training' (opt" in verdict.text
+    assert "(optimizer step): rank 0, rank 2. Every rank's log" in verdict.text
+
+
 def test_any_rank_that_gets_on_puts_a_stall_off() -> None:
     ranks = Ranks(2, stall_timeout=60.0)
     for step in range(20):
@@ -140,6 +168,9 @@ def test_a_stall_needs_everybody_to_have_started_and_somebody_to_run() -> None:
 
 def test_heartbeats_and_verdicts_come_back_as_they_went() -> None:
     heartbeat = Heartbeat(3, 2, State.CLOSING, 10**7, 'a "phase", | odd', "nöde", 77)
+    blocked = Blocked("tp ranks 0, 1", 7, "all-gather", "[2] float32")
+    stuck = replace(heartbeat, place=Place("backward", "send", 5, 9, "receive", {"tp ranks 0, 1": 7}, blocked))
+    assert Heartbeat.decode(stuck.encode().encode()) == stuck
     assert Heartbeat.decode(heartbeat.encode().encode()) == heartbeat
     verdict = Verdict(Kind.FAILED, (3, 5), "two\nlines")
     assert Verdict.decode(verdict.encode().encode()) == verdict
