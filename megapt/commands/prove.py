@@ -34,7 +34,7 @@ def prove(
         bool, typer.Option("--quick", help="A covering set: every pair of values occurs (the default; minutes).")
     ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="All that is legal of the main axes' product; about an hour.")
+        bool, typer.Option("--full", help="All that is legal of the main axes' product; half an hour.")
     ] = False,
     layouts: Annotated[
         str | None, typer.Option(metavar="LIST", help="These layouts, as in 'tp=2,pp=2;dp=4,zero=deepspeed-2'.")

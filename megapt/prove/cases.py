@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations, islice, product
 from typing import Any
 
 from megapt.config import Config
@@ -14,8 +14,11 @@ from megapt.errors import UserError
 from megapt.prove.layout import Layout, tightened
 from megapt.prove.small import Shape
 
-# Every axis of the matrix and its values: a new schedule, policy or backend is proven from the day it stands here.
-AXES: dict[str, tuple[Any, ...]] = {
+Axes = dict[str, tuple[Any, ...]]
+
+# Every axis of the matrix and its values: a new schedule, policy or backend is proven from the day it stands here. An
+# optimizer of no name is the configured one.
+AXES: Axes = {
     "tp": (1, 2, 4),
     "pp": (1, 2, 4),
     "dp": (1, 2, 4),
@@ -31,6 +34,8 @@ AXES: dict[str, tuple[Any, ...]] = {
 }
 # Left to the full matrix: compiling takes longer than all else of the quick one.
 SLOW = {"compile": (False,)}
+# The axes of which one value forbids others: what is legal of their product is worked out once.
+STRUCTURE = ("tp", "pp", "dp", "schedule", "micro", "sequence", "zero", "stages")
 # Of the full matrix these go through their whole product; of the others every pair of values occurs.
 PRODUCT = ("tp", "pp", "dp", "schedule", "zero", "sequence")
 
@@ -99,8 +104,11 @@ class Matrix:
     def __init__(self, shapes: Sequence[Shape], ranks: int, precision: str, compiler: bool = True) -> None:
         self.precision, self.ranks = precision, ranks
         self.shapes = {shape.name: shape for shape in shapes}
-        self.fast: dict[str, tuple[Any, ...]] = {"shape": tuple(self.shapes), **AXES, **SLOW}
-        self.axes = {"shape": tuple(self.shapes), **AXES} if compiler else self.fast
+        self.axes: Axes = {"shape": tuple(self.shapes), **AXES}
+        if any(shape.tree["optimizer"]["kind"] == "muon" for shape in shapes):
+            self.axes["optimizer"] = ("", "adamw")
+        self.fast: Axes = self.axes | SLOW
+        self.axes = self.axes if compiler else self.fast
 
     def legal(self, case: Case) -> bool:
         return case.layout.world <= self.ranks and _legal(case, self.precision)
@@ -113,25 +121,28 @@ class Matrix:
         """The legal part of the product of the PRODUCT axes, and every pair of values of all axes."""
         chooser = random.Random(0)
         chosen: list[Case] = []
-        others = [axis for axis in self.fast if axis not in PRODUCT and axis != "shape"]
-        free = list(product(*(self.fast[axis] for axis in others)))
-        for values in product(self.fast["shape"], *(self.fast[axis] for axis in PRODUCT)):
-            fixed = dict(zip(("shape", *PRODUCT), values, strict=True))
-            # The other axes take turns at random, so that the product meets all of their values.
-            for rest in chooser.sample(free, len(free)):
-                case = self._case(fixed | dict(zip(others, rest, strict=True)))
-                if self.legal(case):
-                    chosen.append(case)
-                    break
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for values in self._structures():
+            groups.setdefault(tuple(values[axis] for axis in PRODUCT), []).append(values)
+        for shape, group in product(self.shapes, groups.values()):
+            # The other axes take values at random, so that the product meets all of them.
+            chosen += islice(self._draws(group, {"shape": shape}, self.fast, chooser), 1)
         return self._cover(chosen, self.axes)
+
+    def _structures(self) -> list[dict[str, Any]]:
+        """Values of the STRUCTURE axes with which some layout is legal."""
+        shape = next(iter(self.shapes))
+        every = (dict(zip(STRUCTURE, values, strict=True)) for values in product(*(AXES[axis] for axis in STRUCTURE)))
+        return [values for values in every if self.legal(self._case({"shape": shape} | values))]
 
     def _case(self, values: dict[str, Any]) -> Case:
         layout = Layout(**{axis: value for axis, value in values.items() if axis != "shape"})
         return Case(self.shapes[values["shape"]], layout)
 
-    def _cover(self, chosen: list[Case], axes: dict[str, tuple[Any, ...]]) -> list[Case]:
+    def _cover(self, chosen: list[Case], axes: Axes) -> list[Case]:
         """Add cases until every pair of values occurs that a legal case can have; the greedy way of AETG."""
         chooser = random.Random(1)
+        structures = self._structures()
         pairs = (((a, x), (b, y)) for a, b in combinations(axes, 2) for x in axes[a] for y in axes[b])
         covered: set[Pair] = set().union(*(case.pairs() for case in chosen))
         missing = dict.fromkeys(pair for pair in pairs if pair not in covered)
@@ -140,7 +151,7 @@ class Matrix:
                 continue
             best: Case | None = None
             gain = 0.0
-            for case in self._draws(dict(pair), axes, chooser):
+            for case in islice(self._draws(structures, dict(pair), axes, chooser), 30):
                 new = sum(p in missing for p in case.pairs()) / (_START + case.layout.world)
                 if new > gain:
                     best, gain = case, new
@@ -150,16 +161,16 @@ class Matrix:
                     missing.pop(found, None)
         return chosen
 
-    def _draws(self, fixed: dict[str, Any], axes: dict[str, tuple[Any, ...]], chooser: random.Random) -> Iterator[Case]:
+    def _draws(
+        self, structures: list[dict[str, Any]], fixed: dict[str, Any], axes: Axes, chooser: random.Random
+    ) -> Iterator[Case]:
         """Legal cases with some values given and the others at random."""
-        legal = 0
-        for _ in range(400):
-            case = self._case({axis: fixed.get(axis, chooser.choice(values)) for axis, values in axes.items()})
+        fitting = [s for s in structures if all(s.get(axis, value) == value for axis, value in fixed.items())]
+        for _ in range(200 if fitting else 0):
+            others = {axis: chooser.choice(values) for axis, values in axes.items() if axis not in STRUCTURE}
+            case = self._case(others | fixed | chooser.choice(fitting))
             if self.legal(case):
                 yield case
-                legal += 1
-                if legal == 30:
-                    return
 
 
 def coverage(cases: Iterable[Case], axes: dict[str, tuple[Any, ...]]) -> tuple[dict[str, list[Any]], int]:

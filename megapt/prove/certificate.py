@@ -13,11 +13,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import megapt
 from megapt.files import write_whole
 from megapt.prove.cases import AXES, coverage
 from megapt.prove.compare import SPREAD, UNIT, Worst
 from megapt.prove.job import MICROS, Outcome, Proof
-from megapt.prove.trainer import RESUMED, SAVE_AFTER, STEPS
+from megapt.prove.trainer import FIRST, RESUMED, SAVE_AFTER, STEPS
 
 JSON, MARKDOWN, PICTURE = "certificate.json", "certificate.md", "certificate.png"
 
@@ -25,9 +26,16 @@ JSON, MARKDOWN, PICTURE = "certificate.json", "certificate.md", "certificate.png
 def write(folder: Path, proof: Proof, command: str, left_out: Iterable[str] = ()) -> None:
     """The three files; each appears whole or not at all. left_out: what was not run, and why."""
     facts = describe(proof, command, list(left_out))
-    write_whole(folder / JSON, (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(folder / JSON, _json(facts).encode())
     write_whole(folder / PICTURE, _picture(proof))
     write_whole(folder / MARKDOWN, _markdown(proof, facts).encode())
+
+
+def _json(facts: dict[str, Any]) -> str:
+    """With a line for each layout, so that thousands of them can still be read and compared."""
+    rest = json.dumps({key: value for key, value in facts.items() if key != "layouts"}, indent=1, allow_nan=False)
+    layouts = ",\n".join(f"  {json.dumps(layout, allow_nan=False)}" for layout in facts["layouts"])
+    return rest.removesuffix("\n}") + f',\n "layouts": [\n{layouts}\n ]\n}}\n'
 
 
 def describe(proof: Proof, command: str, left_out: list[str]) -> dict[str, Any]:
@@ -60,7 +68,8 @@ def environment() -> dict[str, str]:
     """Versions, processor, commit and date of this run."""
     found = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "commit": _commit()}
     found |= {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
-    for package in ("megapt", "torch", "deepspeed", "numpy"):
+    found["megapt"] = megapt.__version__
+    for package in ("torch", "deepspeed", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -83,8 +92,8 @@ def _commit() -> str:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity: None stands for an element that is missing or not a number."""
-    return value if math.isfinite(value) else None
+    """To four digits. JSON has no infinity: None stands for an element that is missing or not a number."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _quantities(worst: dict[str, Worst]) -> dict[str, Any]:
@@ -92,8 +101,8 @@ def _quantities(worst: dict[str, Worst]) -> dict[str, Any]:
         quantity: {
             "name": value.name,
             "error": _finite(value.error),
-            "bound": value.bound,
-            "scale": value.scale,
+            "bound": _finite(value.bound),
+            "scale": _finite(value.scale),
             "relative": _finite(value.relative),
             "ratio": _finite(value.ratio),
         }
@@ -137,9 +146,11 @@ def _markdown(proof: Proof, facts: dict[str, Any]) -> str:
         "",
         *_environment_lines(facts["environment"]),
         "",
-        "Each cell: the largest error as a share of its bound. Bounds follow from the precision and from rounding "
-        "errors measured on the reference (docs/proof.md); every error, bound and value is in "
+        "Each cell: the error and its bound, of the value that comes nearest to its bound. Bounds follow from the "
+        "precision and from rounding errors measured on the reference (docs/proof.md). Names and ratios are in "
         f"[{JSON}]({JSON}).",
+        "",
+        *_summary(proof),
         "",
         *_table(proof),
         "",
@@ -173,9 +184,8 @@ def _environment_lines(facts: dict[str, str]) -> list[str]:
 def quantities_of(proof: Proof) -> list[str]:
     """Columns: what was compared, in the order in which a step makes it."""
     known = [q for outcome in proof.outcomes for q in outcome.worst]
-    first = ["loss", "gradient", "norm", "weight", "copy"]
-    names = sorted(set(known), key=lambda q: (q.startswith(RESUMED), *(q.removeprefix(RESUMED) != f for f in first), q))
-    return names
+    order = [f"{FIRST}loss", f"{FIRST}gradient", "loss", "gradient", "norm", "weight", "copy"]
+    return sorted(set(known), key=lambda q: (q.startswith(RESUMED), *(q.removeprefix(RESUMED) != o for o in order), q))
 
 
 def _table(proof: Proof) -> list[str]:
@@ -185,11 +195,26 @@ def _table(proof: Proof) -> list[str]:
         "|---|---|" + "--:|" * len(quantities) + "---|",
     ]
     for outcome in proof.outcomes:
-        cells = [f"{outcome.worst[q].ratio:.2g}" if q in outcome.worst else "" for q in quantities]
+        cells = [_cell(outcome.worst[q]) if q in outcome.worst else "" for q in quantities]
         resumes = outcome.planned.resumes
         source = "reference" if resumes is None else str(resumes.layout)
         verdict = "pass" if outcome.passed else "**FAIL**"
         lines.append(f"| {outcome.case} | {source} | " + " | ".join(cells) + f" | {verdict} |")
+    return lines
+
+
+def _cell(worst: Worst) -> str:
+    return f"{worst.error:.0e} / {worst.bound:.0e}"
+
+
+def _summary(proof: Proof) -> list[str]:
+    """Of every quantity the layout that comes nearest to the bound, or is furthest beyond."""
+    lines = ["| quantity | value | error | bound | ratio | layout |", "|---|---|--:|--:|--:|---|"]
+    for quantity in quantities_of(proof):
+        found = [(o.worst[quantity], o.case) for o in proof.outcomes if quantity in o.worst]
+        worst, case = max(found, key=lambda item: item[0].ratio)
+        numbers = f"{worst.error:.1e} | {worst.bound:.1e} | {worst.ratio:.2g}"
+        lines.append(f"| {quantity} | {worst.name} | {numbers} | {case} |")
     return lines
 
 
@@ -220,19 +245,19 @@ def _picture(proof: Proof) -> bytes:
 
     quantities = quantities_of(proof)
     grid = [[_exponent(o.worst.get(q)) for q in quantities] for o in proof.outcomes]
-    figure, axes = plt.subplots(figsize=(0.55 * len(quantities) + 6, 0.2 * len(grid) + 2.5))
+    height = min(0.2, 60 / len(grid)) if grid else 0.2  # inches of a row
+    figure, axes = plt.subplots(figsize=(0.45 * len(quantities) + 1, height * len(grid) + 0.5))
     image = axes.imshow(grid or [[0.0]], cmap="viridis", vmin=-17, vmax=0, aspect="auto")
     axes.set_xticks(range(len(quantities)), quantities, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(grid)), [str(o.case) for o in proof.outcomes], fontsize=6)
+    axes.set_yticks(range(len(grid)), [str(o.case) for o in proof.outcomes], fontsize=min(6, 36 * height))
     for row, outcome in enumerate(proof.outcomes):
         for column, quantity in enumerate(quantities):
             worst = outcome.worst.get(quantity)
             if worst is not None and not worst.inside:
                 axes.text(column, row, "x", ha="center", va="center", color="red", fontsize=7)
-    figure.colorbar(image, label="log10 of the largest relative error", shrink=0.6)
-    figure.tight_layout()
+    figure.colorbar(image, label="log10 of the largest relative error", fraction=0.03)
     out = BytesIO()
-    figure.savefig(out, format="png", dpi=110)
+    figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
     return out.getvalue()
 

@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
         given = named["input_tensors"] if kind in ("gather", "scatter") else args
         tensors = [] if kind == "barrier" else _tensors(given)
         splits = None
-        if kind == "all-to-all":
+        if named.get("input_split_sizes"):
             splits = tuple(named["output_split_sizes"]), tuple(named["input_split_sizes"])
         operation = Operation(
             kind,
@@ -145,32 +145,55 @@ class Recorder(TorchDispatchMode):
         return operation
 
 
+@dataclass
+class _Known:
+    """What ranks that were recorded gave in the n-th broadcast (the root) and all-gather (each member) of a group."""
+
+    broadcasts: dict[tuple[Group, int], Tensor] = field(default_factory=dict)
+    gathers: dict[tuple[Group, int], dict[int, Tensor]] = field(default_factory=dict)
+
+    def differ(self) -> bool:
+        """Whether members gave different things to some all-gather."""
+        each = ([*parts.values()] for parts in self.gathers.values())
+        return any(not torch.equal(parts[0], part) for parts in each for part in parts[1:])
+
+
 class _Rehearsal(Recorder):
     """Gives the fake group's results values, where it leaves what memory held before and an infinity there would look
-    like an overflow: all ranks are taken to hold what this one does, and a root what was recorded of it.
+    like an overflow.
 
-    sent: what roots gave in broadcasts, by group and number; shared by all ranks' recorders.
+    All ranks are taken to hold what this one does; but a root what was recorded of it, and members what they gave
+    `before` where that is numbers or objects, which may decide what a rank does next.
     """
 
-    def __init__(self, sent: dict[tuple[Group, int], Tensor]) -> None:
+    def __init__(self, rank: int, known: _Known, before: _Known) -> None:
         super().__init__()
-        self.sent = sent
-        self._broadcasts: Counter[Group] = Counter()
+        self.rank, self.known, self.before = rank, known, before
+        self._numbers: Counter[tuple[str, Group]] = Counter()
 
     def _carried_out(self, operation: Operation, args: Sequence[Any]) -> None:
+        place = operation.group, self._numbers[operation.kind, operation.group]
+        self._numbers[operation.kind, operation.group] += 1
         if operation.kind == "all-gather":
-            given = _tensors(args[1:2])[0].flatten().clone()
-            for tensor in _tensors(args[:1]):
-                tensor.view(-1, given.numel()).copy_(given)
+            self._gather(place, _tensors(args[1:2])[0].flatten().clone(), _tensors(args[:1]))
         elif operation.kind == "broadcast":
             (tensor,) = _tensors(args[:1])
-            place = operation.group, self._broadcasts[operation.group]
-            self._broadcasts[operation.group] += 1
             # Checks at the start of a run compare what they hold against the root's.
-            tensor.copy_(self.sent.setdefault(place, tensor.clone()))
+            tensor.copy_(self.known.broadcasts.setdefault(place, tensor.clone()))
         elif operation.kind in ("reduce-scatter", "all-to-all", "receive"):
             for tensor in _tensors(args[:1]):
                 tensor.zero_()
+
+    def _gather(self, place: tuple[Group, int], given: Tensor, out: list[Tensor]) -> None:
+        others: dict[int, Tensor] = {}
+        if not given.is_floating_point():
+            self.known.gathers.setdefault(place, {})[self.rank] = given
+            others = self.before.gathers.get(place, {})
+        parts = [others.get(member, given) for member in place[0].ranks]
+        # Objects are padded to the largest, which was not known before.
+        parts = [torch.cat([part, part.new_zeros(len(given))])[: len(given)] for part in parts]
+        for tensor, part in zip(out, parts if len(out) > 1 else [torch.cat(parts)], strict=True):
+            tensor.view(-1).copy_(part)
 
 
 def _tensors(given: Any) -> list[Tensor]:
@@ -180,34 +203,36 @@ def _tensors(given: Any) -> list[Tensor]:
     return [tensor for one in given for tensor in _tensors(one)] if isinstance(given, list | tuple) else []
 
 
-def small(config: Config) -> Config:
+def small(config: Config, world: int) -> Config:
     """The configuration with its layout, schedule, ZeRO and number of heads, and everything else as small as it can be.
 
-    One layer for each virtual stage, tensors of a few elements, and no more than two micro-batches for each stage: the
-    pattern of operations stays.
+    One layer for each virtual stage, tensors of a few elements, several buckets, and two micro-batches for each stage:
+    the pattern of operations stays. Raises UserError if the layout does not fit the world.
     """
     parallel, model = config.parallel, config.model
-    stages = parallel.virtual_stages
+    data = max(world // (parallel.tensor * parallel.pipeline), 1)
     tree = config.model_dump()
+    tree["batch"] |= {"tokens": None, "ramp": None, "samples": 2 * parallel.pipeline * config.batch.micro * data}
+    check_world(from_tree(tree).config, world)
     tree["precision"] = "fp32" if config.precision == "fp64" else config.precision
-    tree["model"] |= {"layers": stages, "hidden": 8, "head_dim": 2, "ffn": 2 * parallel.tensor, "vocabulary": 64}
-    tree["model"] |= {"kv_heads": model.num_kv_heads}
-    tree["model"]["max_sequence"] = tree["batch"]["sequence"] = 2 * parallel.tensor
+    tree["model"] |= {"layers": parallel.virtual_stages, "hidden": 8, "head_dim": 2, "ffn": 2 * parallel.tensor}
+    tree["model"] |= {"kv_heads": model.num_kv_heads, "vocabulary": 64, "max_sequence": 2 * parallel.tensor}
     tree["parallel"] |= {"layers_per_stage": None, "layer_costs": None, "vocabulary_multiple": 1}
-    tree["batch"] |= {"micro": 1, "tokens": None, "ramp": None, "samples": 1}
+    tree["batch"] |= {"sequence": 2 * parallel.tensor, "micro": 1, "samples": 2 * parallel.pipeline * data}
+    tree["zero"]["bucket"] = 256
     if config.recompute.policy == "budget":
         tree["recompute"] = {"policy": "none"}  # which layers it chooses changes no operation between ranks
     tree["train"] |= {"steps": 2, "tokens": None}
-    return Config.model_validate(tree)
+    return from_tree(tree).config
 
 
 def record(
     config: Config, world: int, steps: int = 2, progress: Callable[[int], object] | None = None
 ) -> list[list[Operation]]:
-    """The operations of all ranks of a world, from building the engine to the end of `steps` steps.
+    """The operations of all ranks of a world, from building the engine to the end of `steps` steps of `small(config)`.
 
-    config: as `small` gives it, for 512 ranks in a minute or two. No process group may exist.
-    Raises UserError if the layout does not fit the world.
+    progress: called with the number of ranks done. Raises UserError if the layout does not fit the world, or cannot be
+    recorded.
     """
     if dist.is_initialized():
         raise UserError("a world cannot be recorded inside of another: no process group may exist")
@@ -216,42 +241,39 @@ def record(
             "DeepSpeed's ZeRO 3 numbers modules by process and compares the numbers over ranks, so one process cannot "
             "be all of them: record zero.stage 0, 1 or 2"
         )
-    micro_batches = 2 * config.parallel.pipeline
-    cell = config.parallel.tensor * config.parallel.pipeline
-    tree = config.model_dump()
-    tree["batch"]["samples"] = config.batch.micro * micro_batches * max(world // cell, 1)
-    config = from_tree(tree).config
-    check_world(config, world)
-    records = []
-    sent: dict[tuple[Group, int], Tensor] = {}
-    for rank in range(world):
-        records.append(_record_rank(config, rank, world, steps, micro_batches, sent))
-        if progress is not None:
-            progress(rank + 1)
+    config = small(config, world)
+    known = _Known()
+    for _ in range(2):
+        records, before, known = [], known, _Known()
+        for rank in range(world):
+            records.append(_record_rank(config, rank, world, steps, known, before))
+            if progress is not None:
+                progress(rank + 1)
+        if not known.differ():
+            break  # each rank took the others to give what they gave
     return records
 
 
-def _record_rank(
-    config: Config,
-    rank: int,
-    world: int,
-    steps: int,
-    micro_batches: int,
-    sent: dict[tuple[Group, int], Tensor],
-) -> list[Operation]:
+def _record_rank(config: Config, rank: int, world: int, steps: int, known: _Known, before: _Known) -> list[Operation]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        with _Rehearsal(sent) as recorder:
-            engine = Engine(config, world, torch.device("cpu"))
-            tokens = torch.zeros(config.batch.micro, config.batch.sequence, dtype=torch.int64)
-            batch = StepBatch([MicroBatch(tokens, tokens)] * micro_batches, np.zeros(1, np.int64), tokens.numel())
-            for _ in range(steps):
-                engine.train_step(batch, 1e-3)
+        with _Rehearsal(rank, known, before) as recorder:
+            take_steps(config, world, steps)
         return recorder.operations
     finally:
         dist.destroy_process_group()
+
+
+def take_steps(config: Config, world: int, steps: int) -> None:
+    """Build this rank's engine and train it for some steps on the CPU, on tokens that are all the same. Collective."""
+    engine = Engine(config, world, torch.device("cpu"))
+    count = config.batch.global_samples // (config.batch.micro * engine.mesh.dp.size)
+    tokens = torch.zeros(config.batch.micro, config.batch.sequence, dtype=torch.int64)
+    batch = StepBatch([MicroBatch(tokens, tokens)] * count, np.zeros(1, np.int64), tokens.numel())
+    for _ in range(steps):
+        engine.train_step(batch, 1e-3)
 
 
 def mismatches(records: Sequence[Sequence[Operation]]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megapt.parameters import Shard
-from megapt.prove.trainer import RESUMED, SAVE_AFTER, Piece, Report
+from megapt.prove.trainer import FIRST, RESUMED, SAVE_AFTER, Piece, Report
 
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24}
 SPREAD = 8.0  # how many times a measured rounding error another order of sums may err
@@ -148,11 +148,11 @@ def measure(reports: Sequence[Report], family: Family, precisions: Mapping[str, 
 
 def precision_class(key: Key) -> str:
     """What may be known less well than the precision that a layout computes in: see `precisions_of`."""
-    quantity, name = key
+    quantity = key[0]
     if quantity.startswith(RESUMED):
         return "resumed"
-    if quantity in ("loss", "gradient"):
-        return "first" if name.startswith("step 0") else "updated"
+    if quantity.startswith(FIRST):
+        return "first"
     return "norm" if quantity == "norm" else "updated"
 
 

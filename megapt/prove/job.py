@@ -19,7 +19,7 @@ from megapt.prove.ranks import Ranks
 from megapt.prove.small import SAMPLES
 from megapt.prove.trainer import Job, Report, plain, reference, run
 
-RANK_BYTES = 600 << 20  # memory of a rank with torch and DeepSpeed loaded, on Linux
+RANK_BYTES = 400 << 20  # memory of a rank with torch and DeepSpeed loaded, on Linux
 RESTART_AFTER = 64  # layouts after which ranks are started anew: process groups leave threads behind
 MICROS = [1, 2, 4, SAMPLES]  # cuts of the global batch in which rounding errors are measured
 

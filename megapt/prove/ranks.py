@@ -123,6 +123,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 def _serve(rank: int, world: int, folder: str, timeout: float, connection: Connection) -> None:
     faulthandler.dump_traceback_later(timeout, exit=True)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's word for the device, whatever else this machine has
     try:
         import torch
         import torch.distributed as dist

@@ -24,6 +24,7 @@ from megapt.parameters import Parameter, Shard
 
 STEPS, SAVE_AFTER = 3, 2  # steps trained; steps after which the checkpoint is written
 RESUMED = "resumed "  # begins the name of every quantity found after resuming
+FIRST = "first "  # of loss and gradients before any update
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,13 @@ class Trainer:
     def step(self, step: int, prefix: str = "") -> None:
         """Train one step and report loss, gradients and norm."""
         loss, done = self.engine.train_step(self.batch(step), self.config.optimizer.lr)
-        numbers = {"loss": self.engine.mean_losses([loss])[0], "norm": float(done.grad_norm)}
-        for quantity, value in numbers.items():
-            self.report.numbers[prefix + quantity, f"step {step}"] = value
+        first = prefix + (FIRST if step == 0 else "")
+        self.report.numbers[f"{first}loss", f"step {step}"] = self.engine.mean_losses([loss])[0]
+        self.report.numbers[f"{prefix}norm", f"step {step}"] = float(done.grad_norm)
         gradients = self.watch.reduced(self.watch.finalized(self.watch.local()))
         for p, g in gradients.items():
             if p.owner and self.mesh.dp.rank == 0:
-                self._add(f"{prefix}gradient", f"step {step}: {p.spec.name}", p, 0, g)
+                self._add(f"{first}gradient", f"step {step}: {p.spec.name}", p, 0, g)
 
     def state(self, prefix: str = "") -> None:
         """Report masters and moments, and the weights as every rank computes with them; and the loss of one more batch.
@@ -234,19 +235,19 @@ def plain(rank: int, world: int, config: Config) -> Report:
     own = list(engine.parameters)
     parameters = {p.spec.name: torch.nn.Parameter(p.detach().clone()) for p in own}
     section = config.optimizer
-    kinds = [(True, section.weight_decay), (False, 0.0)]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [parameters[p.spec.name] for p in own if p.spec.decay is kind], "weight_decay": decay}
-            for kind, decay in kinds
-        ],
-        lr=section.lr,
-        betas=(section.betas[0], section.betas[1]),
-        eps=section.eps,
-    )
+    groups = [
+        {
+            "params": [parameters[p.spec.name]],
+            "weight_decay": section.weight_decay if p.spec.decay else 0.0,
+            "lr": section.lr * getattr(section.lr_scale, p.spec.role),
+        }
+        for p in own
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(section.betas[0], section.betas[1]), eps=section.eps)
     local = {name: p.spec.name for name, p in _named(chunk)}
     report = Report()
     for step in range(STEPS):
+        first = FIRST if step == 0 else ""
         values = {name: parameters[to] for name, to in local.items()}
         loss, objective = _plain_loss(chunk, values, step, config)
         optimizer.zero_grad()
@@ -255,10 +256,10 @@ def plain(rank: int, world: int, config: Config) -> Report:
             gradient = parameters[p.spec.name].grad
             assert gradient is not None
             name = f"step {step}: {p.spec.name}"
-            report.pieces.append(Piece("gradient", name, p.spec.shape, p.shard, 0, gradient.flatten().clone()))
+            report.pieces.append(Piece(f"{first}gradient", name, p.spec.shape, p.shard, 0, gradient.flatten().clone()))
         norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), section.clip)
         optimizer.step()
-        report.numbers["loss", f"step {step}"] = float(loss.detach())
+        report.numbers[f"{first}loss", f"step {step}"] = float(loss.detach())
         report.numbers["norm", f"step {step}"] = float(norm)
     for p in own:
         value = parameters[p.spec.name]
