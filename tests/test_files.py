@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypa
         if call == "write":
             fail()
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_full_disk_names_the_file_that_was_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match="No space") as full, open_whole(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError) as missing:
+        write_whole(tmp_path / "gone" / "file", b"data", make_folder=False)
+    assert (full.value.filename, missing.value.filename) == (str(path), str(tmp_path / "gone" / "file"))
+    with pytest.raises(OSError, match="input") as other, open_whole(path):
+        raise OSError(errno.EIO, "input/output error")  # of something else, for all that is known
+    assert other.value.filename is None
 
 
 def test_temporary_names_differ_and_lie_beside(tmp_path: Path) -> None:

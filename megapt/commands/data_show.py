@@ -33,4 +33,6 @@ def show(
     if verify_receipt is not None:
         typer.echo(job.verify_receipt(found, verify_receipt))
     if step is not None:
+        if config.is_dir() and not overrides:
+            job.check_run(config, found)
         job.show(found, step, sample, text, tokenizer)

@@ -160,7 +160,8 @@ class PhasedBlend:
 
     Each phase is a `Blend` that begins at its first sample, with all that a `Blend` promises from there on; the
     sources' ordinals run on from phase to phase. The names are those of the first phase, which gives 0 to
-    sources that come later; a name left out of a later phase has weight 0 there.
+    sources that come later; a name left out of a later phase has weight 0 there. Attributes: `names`; `firsts` (first
+    samples) and `blends` of the phases.
 
     UserError if the phases do not begin at 0 and increase, or a later one names a source that the first lacks.
     """
@@ -177,6 +178,7 @@ class PhasedBlend:
                 raise UserError(f"the phase from sample {first} has weights for {', '.join(unknown)}, but the sources "
                                 f"are {', '.join(self.names)}")
         self.blends = [Blend({name: weights.get(name, 0) for name in self.names}) for _, weights in phases]
+        self.firsts = firsts
         self._firsts = np.array(firsts, np.int64)
         given = [blend.counts(end - begin)
                  for blend, begin, end in zip(self.blends, firsts, firsts[1:], strict=False)]

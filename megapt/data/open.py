@@ -74,8 +74,10 @@ def open_train(config: Config, total_samples: int) -> CompositeDataset:
     data, sources = config.data, _listed(config.data.train)
     if len(sources) == 1 and (data.phases or sources[0].tokens is not None):
         key = "data.phases" if data.phases else "data.train: `tokens`"
-        raise UserError(f"{key}: shares the run out among sources, but {sources[0].label} is the only one; leave it out, "
-                        "or name others")
+        raise UserError(
+            f"{key}: shares the run out among sources, but {sources[0].label} is the only one; leave it out, or name "
+            "others"
+        )
     objective = _objective(config, fim=True)
     split = data.split if data.valid is None else "1,0,0"
     if data.order == "megatron":

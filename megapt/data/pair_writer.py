@@ -45,10 +45,13 @@ class PairWriter:
 
     def __enter__(self) -> Self:
         folder = self.bin_path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lengths: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._boundaries: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._file: IO[bytes] = open(self._bin_temporary, "xb", buffering=1 << 20)  # noqa: SIM115
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lengths: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            self._boundaries: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            self._file: IO[bytes] = open(self._bin_temporary, "xb", buffering=1 << 20)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{self.bin_path} cannot be written: {error.strerror}; choose another output") from error
         self.add_boundaries(np.zeros(1, np.int64))
         return self
 

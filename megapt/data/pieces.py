@@ -97,8 +97,8 @@ def list_sources(inputs: Iterable[StrPath]) -> tuple[list[Source], int]:
     """The files to read, and how many were passed over.
 
     A folder stands for the files below it, sorted by path, without hidden ones (a name that begins with ".") and
-    without two kinds that are counted: binary ones of unknown kind (a NUL among the first 8 KiB), and what a build wrote
-    or is writing there. "-" is standard input.
+    without two kinds that are counted: binary ones of unknown kind (a NUL among the first 8 KiB), and what a build
+    wrote there. What one is writing is left out too. "-" is standard input.
     UserError if an input does not exist, is named itself and is binary, or needs a library that is missing.
     """
     sources: list[Source] = []

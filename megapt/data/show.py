@@ -97,6 +97,18 @@ def show(
             print("  text:", repr(decode(found.tokens[:filled])))
 
 
+def check_run(folder: Path, config: Config) -> None:
+    """UserError if the data is no longer what the run of this folder read, as its newest checkpoint says: what it read
+    then cannot be looked up. Without a checkpoint nothing is known."""
+    from megapt import checkpoint as checkpoints
+
+    newest = checkpoints.find_latest(folder / "checkpoints")
+    if newest is not None:
+        batches, steps = schedule(config)
+        data = open_train(config, batches.first_sample(steps))
+        Receipt.from_dict(checkpoints.read_index(newest).meta["receipt"]).check(data)
+
+
 def verify_receipt(config: Config, checkpoint: str | Path) -> str:
     """Compute a checkpoint's receipt again from its first sample; says what was found. UserError if it differs."""
     from megapt import checkpoint as checkpoints

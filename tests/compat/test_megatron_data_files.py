@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megapt.data.build import build
 from megapt.data.indexed import CODES, IndexedReader, IndexedWriter, best_dtype
 from megapt.data.raw import from_raw
 from megapt.data.transfer import merge, split
@@ -125,3 +126,15 @@ def test_a_corpus_cut_by_us_reads_there(tmp_path: Path) -> None:
     np.array([5, 6, 0, 7, 0, 0, 8], np.uint16).tofile(tmp_path / "stream.bin")
     from_raw(tmp_path / "stream.bin", tmp_path / "d", "uint16", eod=0)
     assert read_theirs(tmp_path / "d") == ([[5, 6, 0], [7, 0], [0], [8]], [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("sentences", [False, True])
+def test_what_data_build_wrote_reads_there(tmp_path: Path, sentences: bool) -> None:
+    texts = ["One. Two.", "", "Three"]
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    build([tmp_path / "text.jsonl"], tmp_path / "d", "bytes", split_sentences=sentences, progress=False)
+    one = [[*b"One."], [*b" Two.", 256]] if sentences else [[*b"One. Two.", 256]]
+    assert read_theirs(tmp_path / "d") == ([*one, [*b"Three", 256]], [0, len(one), len(one), len(one) + 1])
+    write_theirs(tmp_path / "theirs", [one, [], [[*b"Three", 256]]], theirs.DType.optimal_dtype(257))
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"d.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()

@@ -36,7 +36,7 @@ def as_text(rows: list[list[int]]) -> list[str]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Drawing is the slowest part of a small build, and tested by itself."""
-    if "picture" not in request.node.name:
+    if "picture" not in request.node.name and "names" not in request.node.name:
         monkeypatch.setattr(LengthCounts, "picture", lambda self, title: b"picture")
 
 
@@ -195,8 +195,9 @@ def test_refusals(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file.*(Not a directory|File exists)"):
         build([inputs], tmp_path / "file" / "out", "bytes", progress=False)
-    with pytest.raises(UserError, match="0 workers"):
-        build([inputs], tmp_path / "out", "bytes", workers=0)
+    for workers in (0, 10**6):
+        with pytest.raises(UserError, match=f"{workers} workers are not possible on a machine of .* 1 to "):
+            build([inputs], tmp_path / "out", "bytes", workers=workers)
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "t.json"))
@@ -218,6 +219,25 @@ def test_output_in_a_new_folder(inputs: Path, tmp_path: Path) -> None:
     build([inputs / "a.txt"], tmp_path / "deep" / "er" / "out", "bytes", progress=False)
     assert sorted(path.name for path in (tmp_path / "deep" / "er").iterdir()) == [
         "out.bin", "out.idx", "out.lengths.png", "out.report.json"]
+
+
+def test_what_builds_wrote_is_no_input(inputs: Path, tmp_path: Path) -> None:
+    build([inputs], tmp_path / "out", "bytes", progress=False)
+    assert build([inputs], inputs / "out", "bytes", progress=False).passed_over == 1
+    (inputs / "out.sha256").write_text("digest")
+    (inputs / "other.building").mkdir()
+    (inputs / "other.building" / "manifest.json").write_text("{}")
+    (inputs / "my.report.json").write_text("mine")  # without a pair beside it
+    report = build([inputs], inputs / "again", "bytes", progress=False)
+    assert (report.files, report.passed_over) == (6, 6)
+    assert as_text(documents(inputs / "again")) == [*TEXT, "mine"]
+
+
+def test_names_that_are_no_text(inputs: Path, tmp_path: Path) -> None:
+    """The picture of lengths has the output's name as its title."""
+    name = os.fsdecode(b"o\xff$u$_$")
+    build([inputs], tmp_path / name, "bytes", progress=False)
+    assert (tmp_path / f"{name}.lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_unreadable_files_are_named(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

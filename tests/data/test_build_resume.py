@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megapt.data import build_state, encode, pieces, streams
@@ -212,6 +214,15 @@ def test_other_arguments_are_told_apart(inputs: Path, expected: dict[str, bytes]
         with pytest.raises(UserError, match=f"out.building holds an unfinished build that differs in its {difference}"):
             build(**({"inputs": [inputs], "output_prefix": output} | ARGUMENTS | arguments))
         assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "out.building").iterdir()) == before
+    manifest = output.parent / "out.building" / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"format": 1', '"format": 0'))  # of a version whose state has other fields
+    (manifest.parent / "state.json").rename(tmp_path / "state")
+    (manifest.parent / "state.json").write_text('{"other": 1}')
+    with pytest.raises(UserError, match="differs in its format"):
+        build([inputs], output, **ARGUMENTS)
+    (tmp_path / "state").rename(manifest.parent / "state.json")
+    manifest.write_text(text)
     build([inputs], output, **(ARGUMENTS | {"progress": True}))  # the very same goes on
     assert "going on from" in capsys.readouterr().err
     finished(output, expected)
@@ -236,3 +247,23 @@ sys.stdin.read()
     assert (tmp_path / "out.building").is_dir()
     holder.communicate()
     build([inputs], tmp_path / "out", **ARGUMENTS)
+
+
+def test_a_folder_removed_while_it_is_locked_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another build ends, and a third begins, between the opening of the lock file and the lock."""
+    first, second, lock = (WorkingFolder(str(tmp_path / "out"), np.dtype("u2"), True, False) for _ in range(3))
+    first.lock()
+    real = fcntl.lockf
+
+    def late(file: Any, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "lockf", real)
+        first.remove()
+        lock.path.mkdir()
+        (lock.path / "lock").write_bytes(b"")
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with pytest.raises(UserError, match="another process is building"):
+        second.lock()
+    second.remove()
+    assert lock.path.is_dir()

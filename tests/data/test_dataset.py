@@ -116,7 +116,7 @@ def test_errors(corpus: Path, tmp_path: Path) -> None:
         TokenDataset(corpus, "training", "90,10", 32, 5)
     with pytest.raises(UserError, match="gives test no share"):
         TokenDataset(corpus, "test", "90,10", 32, 5)
-    with pytest.raises(UserError, match="leaves test empty"):
+    with pytest.raises(UserError, match=r"corpus: split .* leaves test empty \(train"):
         TokenDataset(corpus, "test", "999,0,1", 32, 5)
     TokenDataset(corpus, "train", "999,0,1", 32, 5)  # another split's emptiness is not this one's
     with pytest.raises(UserError, match=r"1800 tokens in .*corpus \(train\) are too few .* 1800 \+ 1"):

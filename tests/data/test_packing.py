@@ -210,9 +210,14 @@ def test_what_an_index_cannot_be_built_of(tmp_path: Path) -> None:
     index = packed_index(reader, (0, 2), 4, "document", None, tmp_path / "cache", say=lambda _: None)
     assert index.num_items == 2
     folder = next((tmp_path / "cache").glob("document-*[0-9a-f]"))
-    (folder / "pieces").write_bytes((folder / "pieces").read_bytes()[:-12])
-    with pytest.raises(UserError, match="damaged.*remove it"):
-        packed_index(reader, (0, 2), 4, "document", None, tmp_path / "cache", say=lambda _: None)
+    for name, kept in (("pieces", -12), ("pieces", 7), ("pieces", 0), ("bins", 0), ("bins", None)):
+        whole = (folder / name).read_bytes()
+        (folder / name).unlink()
+        if kept is not None:
+            (folder / name).write_bytes(whole[:kept])
+        with pytest.raises(UserError, match="damaged.*remove it"):
+            packed_index(reader, (0, 2), 4, "document", None, tmp_path / "cache", say=lambda _: None)
+        (folder / name).write_bytes(whole)
 
 
 @pytest.mark.parametrize(("packing", "order"), [

@@ -86,6 +86,10 @@ def test_weights_budgets_and_phases(corpora: Path) -> None:
     assert set(phased.locate(np.arange(100, 320))[0].tolist()) == {2}
     with pytest.raises(UserError, match="no source can have a budget"):
         open_train(config(corpora, train=budgets, phases=phases), 320)
+    for alone, key in ((budgets[:1], "`tokens`"), (sources(corpora, weight=[1.0] * 3)[:1], "data.phases")):
+        with pytest.raises(UserError, match=f"{key}: shares the run out among sources, but web is the only one"):
+            only = [{"from_token": 16, "weights": {"web": 1.0}}] if key == "data.phases" else []
+            open_train(config(corpora, train=alone, phases=only), 320)
     facts = [open_train(config(corpora, train=t), 320).facts() for t in (budgets, sources(corpora, weight=[1.0] * 3))]
     assert facts[0].keys() == facts[1].keys() and facts[0]["blend"] != facts[1]["blend"]
     assert facts[0]["web seed"] == "1234" and facts[0]["objective"] == "next_token"
@@ -104,6 +108,9 @@ def test_megatron_blend(corpora: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             open_train(config(corpora, order="megatron", **wrong), 320)
+    for train in (str(corpora / "web"), sources(corpora, weight=weights)):
+        with pytest.raises(UserError, match="keeps all 10,000,000,000,000,000 samples of the run in memory"):
+            open_train(config(corpora, order="megatron", train=train), 10**16)
 
 
 def test_a_blend_is_the_same_in_every_layout(corpora: Path) -> None:
@@ -190,7 +197,14 @@ def test_show_prints(corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
         show(config(corpora, tokenizer=None), 2, text=True)
     print_sources(open_train(settings, 320), 320)
     table = capsys.readouterr().out
-    assert all(name in table for name in NAMES) and "epochs" in table
+    assert all(name in table for name in NAMES) and "epochs" in table and "phase" not in table
+    phases = [{"from_token": token, "weights": {"web": 3, "code": 1}} for token in (1601, 10**6)]
+    print_sources(open_train(config(corpora, train=sources(corpora, weight=[1.0, 1.0, 2.0]), phases=phases), 320), 320)
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "phase from token 0: web 25.00 %, books 25.00 %, code 50.00 %",
+        "phase from token 1,616: web 75.00 %, code 25.00 %",  # whole samples
+        "phase from token 1,000,000: web 75.00 %, code 25.00 %; not reached in this run",
+    ]
 
 
 def test_config_of_a_run_folder(corpora: Path, tmp_path: Path) -> None:

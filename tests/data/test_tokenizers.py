@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megapt.data.documents import read_texts
 from megapt.data.tokenizers import EOD, load, train_bpe, train_sentencepiece
 from megapt.errors import UserError
 
@@ -135,6 +137,15 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must end in .json"):
         train_bpe(TEXTS, 300, tmp_path / "t.model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.json", "bad.model", "bad.txt"]
+
+
+@pytest.mark.parametrize(("train", "leaf"), [(train_bpe, "t.json"), (train_sentencepiece, "t.model")])
+def test_inputs_without_text_train_nothing(tmp_path: Path, train: Any, leaf: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(UserError, match="the 2 input files hold no text"):
+        train(read_texts([tmp_path], "text"), 300, tmp_path / leaf)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.txt"]
 
 
 def test_failed_training_leaves_nothing(tmp_path: Path) -> None:

@@ -191,3 +191,10 @@ def test_parts_appear_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(OSError, match="full"):
         split(tmp_path / "d", [tmp_path / name for name in "abc"], [1, 1, 1])
     assert sorted(os.listdir(tmp_path)) == ["d.bin", "d.idx"]
+
+
+def test_an_output_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "d", [[[1, 2]]])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/out\.bin cannot be written: (Not a directory|File exists)"):
+        merge([tmp_path / "d"], tmp_path / "file" / "out")

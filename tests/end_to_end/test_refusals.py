@@ -253,10 +253,20 @@ def test_an_uncommitted_checkpoint_and_a_torn_line_are_passed_over(setting: Sett
     assert all((run / "checkpoints" / name / "COMMITTED").is_file() for name in names)
 
 
-def test_a_launcher_passes_one_message_on(tmp_path: Path, setting: Setting) -> None:
+def test_missing_data_is_told_once_and_before_ranks_start(tmp_path: Path, setting: Setting) -> None:
     arguments = ["parallel.pipeline=2", "data.train=nowhere/corpus", f"run.folder={tmp_path / 'run'}"]
     command = runs.start("bash", SCRIPT, "--config", setting.config, *arguments)
     output, errors = command.communicate(timeout=runs.TIMEOUT)
+    assert command.returncode == 2 and not output
+    assert errors.startswith("megapt: error: nowhere/corpus") and len(errors.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_passes_one_message_on(tmp_path: Path, setting: Setting) -> None:
+    """What only the ranks can find: each starts alone here, with nobody looking before them."""
+    arguments = ["data.train=nowhere/corpus", f"run.folder={tmp_path / 'run'}"]
+    command = runs.start("torchrun", "--nproc-per-node", "2", SCRIPT, "--config", setting.config, *arguments)
+    output, errors = command.communicate(timeout=runs.TIMEOUT)
     assert command.returncode != 0
-    assert (output + errors).count("megapt: error: rank 0 of 2: ") == 1 and "Traceback" not in output + errors
-    assert errors.count("nowhere/corpus") == 1 and not (tmp_path / "run").exists()
+    assert (output + errors).count("megapt: error: rank 0 of 2: ") == 1
+    assert errors.count("nowhere/corpus.idx does not exist") == 1 and not (tmp_path / "run").exists()
