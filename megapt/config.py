@@ -24,6 +24,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _joined(value: Any) -> Any:
+    """A list, or a single number, as a layout string."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, int) else value
+
+
 # Beyond any cluster, and small enough that products of two stay sensible numbers.
 _MOST = 10**15
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=_MOST)]
@@ -90,7 +97,7 @@ class ParallelConfig(Section):
     sequence: bool | None = Field(None, description="sequence parallelism; default: whenever tensor > 1")
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "1f1b"
     chunks: Count = Field(1, description="model chunks per rank: interleaved takes 2 or more, zb-v 2")
-    layers_per_stage: list[Count] | str | None = Field(
+    layers_per_stage: Annotated[str, BeforeValidator(_joined)] | None = Field(
         None, description='layers of each virtual stage, as a list or as "3,4*6,3"; default: balanced by cost'
     )
     layer_costs: list[Positive] | None = Field(None, description="relative cost of each layer; default: all the same")
@@ -365,7 +372,8 @@ def from_tree(tree: dict[str, Any], origins: dict[str, str] | None = None) -> Lo
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(tree, origins, dict(item)) for item in error.errors())) from None
+        found = [dict(item) for item in error.errors()]
+        raise UserError("\n".join(_explain(origins, item) for item in found if _meant(tree, item))) from None
     problems = [f"{_where(origins, key)}{key}: {message}" for key, message in conflicts(config)]
     if problems:
         raise UserError("\n".join(problems))
@@ -444,23 +452,43 @@ def _where(origins: dict[str, str], key: str) -> str:
     return ""
 
 
-def _explain(tree: dict[str, Any], origins: dict[str, str], item: dict[str, Any]) -> str:
-    loc = [part for part in item["loc"] if isinstance(part, str)]
-    key = ".".join(loc)
+def _is_branch(part: Any) -> bool:
+    """Whether part of an error's location only says which way to read a value was tried: as text, or as a list."""
+    return isinstance(part, str) and (part == "str" or part.startswith("list["))
+
+
+def _meant(tree: dict[str, Any], item: dict[str, Any]) -> bool:
+    """Whether an error is about what was written: where text or a list may stand, both are tried."""
+    value: Any = tree
+    for part in item["loc"]:
+        if _is_branch(part):
+            if isinstance(value, list) is (part == "str"):
+                return False
+        elif isinstance(value, dict | list) and not (isinstance(value, dict) and part not in value):
+            value = value[part]
+    return True
+
+
+def _explain(origins: dict[str, str], item: dict[str, Any]) -> str:
+    loc = [part for part in item["loc"] if not _is_branch(part)]
+    key = ".".join(map(str, loc))
     where = _where(origins, key)
     if item["type"] == "extra_forbidden":
         section: Any = Config
         for part in loc[:-1]:
-            section = _section(section.model_fields[part].annotation)
-        return f"{where}unknown key `{key}`; {_closest(loc[-1], list(section.model_fields))}"
+            if isinstance(part, str):
+                section = _section(section.model_fields[part].annotation)
+        return f"{where}unknown key `{key}`; {_closest(str(loc[-1]), list(section.model_fields))}"
     if item["type"] == "missing":
         return f"{where}`{key}` is missing and has no default"
     return f"{where}`{key}`: {item['msg'][0].lower()}{item['msg'][1:]} (given: {item['input']!r})"
 
 
 def _section(annotation: Any) -> Any:
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    inner = (_section(option) for option in getattr(annotation, "__args__", ()))
+    return next((found for found in inner if found is not None), None)
 
 
 def _closest(word: str, names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,9 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield "train", "give the length of the run either in `steps` or in `tokens`"
     if train.tokens is not None and batch.ramp is not None:
         yield "train.tokens", "with a batch ramp the run's length must be given in `steps`"
+    steps = train.steps or math.ceil((train.tokens or 0) / (max(batch.global_samples, 1) * batch.sequence))
+    if config.run.timeline_step is not None and config.run.timeline_step > steps:
+        yield "run.timeline_step", f"{config.run.timeline_step} never comes: the run has {steps} steps"
     optimizer = config.optimizer
     if optimizer.floor > optimizer.lr:
         yield "optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr = {optimizer.lr}"
@@ -97,15 +101,13 @@ def _parallel_conflicts(config: Config) -> Iterator[tuple[str, str]]:
     if parallel.schedule in ("interleaved", "zb-v") and parallel.pipeline < 2:
         yield "parallel.schedule", f"{parallel.schedule} needs parallel.pipeline of 2 or more, not {parallel.pipeline}"
     stages = parallel.virtual_stages
-    if parallel.layers_per_stage is not None:
-        given = parallel.layers_per_stage
-        if isinstance(given, list) and (len(given) != stages or sum(given) != model.layers):
-            yield (
-                "parallel.layers_per_stage",
-                f"{given} must name {stages} stages (pipeline x chunks) that sum to model.layers = {model.layers}",
-            )
-    elif model.layers < stages:
+    if model.layers < stages:
         yield "parallel.pipeline", f"{model.layers} layers cannot fill {stages} stages; at most {model.layers} stages"
+    elif parallel.layers_per_stage is not None:
+        try:
+            parse_layout(parallel.layers_per_stage, model.layers, stages)
+        except UserError as error:
+            yield "parallel.layers_per_stage", str(error)
     if parallel.layer_costs is not None and len(parallel.layer_costs) != model.layers:
         count = len(parallel.layer_costs)
         yield "parallel.layer_costs", f"{count} costs for model.layers = {model.layers}; give one for each layer"
@@ -116,6 +118,37 @@ def _parallel_conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield "recompute.budget", f"has no effect on the {recompute.policy} policy: it belongs to budget"
     if recompute.layers is not None and recompute.policy not in ("selective", "full"):
         yield "recompute.layers", f"has no effect on the {recompute.policy} policy: it belongs to selective and full"
+
+
+_PART = re.compile(r"(\d+)(?:\*(\d+))?")
+
+
+def parse_layout(layout: str, layers: int, stages: int) -> list[int]:
+    """The layers of each virtual stage as `layout` says: counts between commas, `a*n` for n stages of a layers.
+
+    `3,4*6,3` is eight virtual stages of 3, 4, 4, 4, 4, 4, 4 and 3 layers. Raises UserError for other texts, and where
+    the counts do not make `stages` virtual stages of at least one layer that together have `layers` layers.
+    """
+    counts: list[int] = []
+    for part in layout.split(","):
+        match = _PART.fullmatch(part.strip())
+        if match is None:
+            raise UserError(
+                "a layout is numbers of layers between commas, a*n for n stages of a layers each, as in 3,4*6,3; "
+                f"got {part.strip()!r} in {layout!r}"
+            )
+        count, times = match.groups()
+        # No more than can be legal, so that a slip of the pen in n costs no memory.
+        counts += [int(count)] * min(int(times or 1), stages + 1)
+    if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
+        least, more = divmod(layers, stages)
+        even = ",".join(map(str, [least] * (stages - more) + [least + 1] * more)) if least else "none"
+        raise UserError(
+            f"a layout gives each of the {stages} virtual stages at least one of the {layers} layers; {layout!r} has "
+            f"{len(counts) if len(counts) <= stages else f'more than {stages}'} stages with {sum(counts)} layers, the "
+            f"fewest {min(counts, default=0)}; an even one: {even}"
+        )
+    return counts
 
 
 def _zero_conflicts(config: Config) -> Iterator[tuple[str, str]]:

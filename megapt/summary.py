@@ -62,7 +62,8 @@ def print_summary(
         f"{samples_per_epoch:,} samples per epoch, {total_samples / samples_per_epoch:.2f} epochs in this run",
     )
     optimizer = config.optimizer
-    table.add_row("optimizer", f"AdamW, lr {optimizer.lr:g}, {optimizer.schedule} to {optimizer.floor:g}; {zero}")
+    kind = "Muon (other than matrices: AdamW)" if optimizer.kind == "muon" else "AdamW"
+    table.add_row("optimizer", f"{kind}, lr {optimizer.lr:g}, {optimizer.schedule} to {optimizer.floor:g}; {zero}")
     table.add_row("kernels", "; ".join(kernels(config, mesh)))
     table.add_row("peak", peak)
     Console(width=120, highlight=False).print(table)

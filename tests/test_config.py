@@ -159,8 +159,8 @@ def test_tabs_and_impossible_dates_are_one_message(file: Path) -> None:
         ("precision=fp8", "`precision`: input should be 'fp32', 'bf16', 'fp16' or 'fp64' (given: 'fp8')"),
         ("model.heads=0", "`model.heads`: input should be greater than or equal to 1 (given: 0)"),
         ("optimizer.betas=[0.9]", "`optimizer.betas`"),
-        ("optimizer.betas=[0.9, 1.5]", "`optimizer.betas`: input should be less than 1"),
-        ("optimizer.betas=[1, 0.95]", "`optimizer.betas`: input should be less than 1 (given: 1)"),
+        ("optimizer.betas=[0.9, 1.5]", "`optimizer.betas.1`: input should be less than 1"),
+        ("optimizer.betas=[1, 0.95]", "`optimizer.betas.0`: input should be less than 1 (given: 1)"),
         ("batch.ramp={start: 1, start: 2}", "key `start` is given twice, in lines 1 and 1"),
         ("seed=2020-13-45", "is not a YAML value"),
         ("optimizer.lr=.inf", "`optimizer.lr`: input should be a finite number"),
@@ -185,6 +185,20 @@ def test_every_problem_is_named_with_its_place(file: Path) -> None:
             f"{file}:2: `model.vocabulary` is missing and has no default",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.train=[{path: a, weight: -1}]", "`data.train.0.weight`: input should be greater than 0 (given: -1)"),
+        ("data.train=[{path: a}, {paht: b}]", "unknown key `data.train.1.paht`; did you mean `path`?"),
+        ("data.train=5", "`data.train`: input should be a valid string (given: 5)"),
+    ],
+)
+def test_where_text_or_a_list_may_stand_only_what_was_meant_is_told(file: Path, override: str, words: str) -> None:
+    lines = _refusal(file, override).splitlines()
+    assert any(words in line for line in lines) and not any("valid list" in line for line in lines)
+    assert sum("valid string" in line for line in lines) == ("valid string" in words)
 
 
 # Rules between values: (overrides, key, parts of the message: the values, and the nearest legal ones).
@@ -219,7 +233,16 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "layers per stage": (
         ["parallel.pipeline=2", "parallel.layers_per_stage=[1, 2]"],
-        "parallel.layers_per_stage", ["[1, 2]", "2 stages", "model.layers = 4"],
+        "parallel.layers_per_stage", ["'1,2'", "2 virtual stages", "4 layers", "an even one: 2,2"],
+    ),
+    "an empty stage": (
+        ["parallel.pipeline=2", "parallel.layers_per_stage=[4, 0]"], "parallel.layers_per_stage", ["the fewest 0"],
+    ),
+    "no layout": (
+        ["parallel.pipeline=2", "parallel.layers_per_stage=a*b"], "parallel.layers_per_stage", ["got 'a*b'"],
+    ),
+    "a timeline after the end": (
+        ["run.timeline_step=7", "train.steps=6"], "run.timeline_step", ["7 never comes", "6 steps"],
     ),
     "few layers": (["parallel.pipeline=5"], "parallel.pipeline", ["4 layers", "5 stages", "at most 4 stages"]),
     "ZeRO 2 with a pipeline": (
@@ -258,7 +281,9 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
         ["precision=fp16", "zero.backend=native", "loss_scale.initial=2", "loss_scale.smallest=4"],
         "loss_scale.smallest", ["4.0 is above loss_scale.initial = 2.0"],
     ),
-    "muon's settings": (["optimizer.muon.momentum=0.9"], "optimizer.muon.momentum", ["no effect on optimizer.kind = adamw"]),
+    "muon's settings": (
+        ["optimizer.muon.momentum=0.9"], "optimizer.muon.momentum", ["no effect on optimizer.kind = adamw"],
+    ),
     "muon": (["optimizer.kind=muon", "zero.backend=deepspeed"], "optimizer.kind", ["zero.backend = native"]),
     "stochastic rounding": (
         ["optimizer.stochastic_rounding=true", "precision=fp32", "zero.backend=native"],
@@ -272,10 +297,12 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
     "direction": (["model.attention=bidirectional"], "model.attention", ["next_token needs causal"]),
     "masks without the objective": (["data.masked_lm={mask: x}"], "data.masked_lm", ["objective = masked_lm"]),
     "masks beyond one": (
-        ["objective=masked_lm", "model.attention=bidirectional", "data.masked_lm={mask: x, random: 0.7, keep: 0.7}"], "data.masked_lm", ["more than 1"],
+        ["objective=masked_lm", "model.attention=bidirectional",
+         "data.masked_lm={mask: x, random: 0.7, keep: 0.7}"], "data.masked_lm", ["more than 1"],
     ),
     "infilling": (
-        ["objective=masked_lm", "model.attention=bidirectional", "data.masked_lm={mask: x}", "data.fim={prefix: a, middle: b, suffix: c}"],
+        ["objective=masked_lm", "model.attention=bidirectional",
+         "data.masked_lm={mask: x}", "data.fim={prefix: a, middle: b, suffix: c}"],
         "data.fim", ["not masked_lm"],
     ),
     "packed in megatron's order": (

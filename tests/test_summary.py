@@ -10,7 +10,7 @@ import torch
 from megapt.config import from_tree
 from megapt.mesh import Axis, ParallelMesh
 from megapt.plan.memory import stage_memory
-from megapt.summary import _recompute, kernels, layout_text
+from megapt.summary import _recompute, kernels, layout_text, print_summary
 from tests.distributed.layouts import GPT2, LLAMA, tree
 
 
@@ -61,3 +61,12 @@ def test_what_is_computed_again_is_printed_by_rank() -> None:
     plain = tree(LLAMA | {"layers": 9}, pp=4, layers_per_stage="3,2*3") | {"recompute": {"policy": "full", "layers": 2}}
     config = from_tree(plain).config
     assert _recompute(config, stage_memory(config, 1)) == "full; layers: 2 full + 1 none on rank 0, 2 full on ranks 1-3"
+
+
+def test_the_optimizer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    made = tree(LLAMA)
+    mesh = ParallelMesh(*[Axis(0, 1, None)] * 4, 0, 1, torch.device("cpu"))
+    for kind, words in (("adamw", "AdamW, lr"), ("muon", "Muon (other than matrices: AdamW), lr")):
+        config = from_tree(made | {"optimizer": made["optimizer"] | {"kind": kind}}).config
+        print_summary(config, mesh, "", parameters=1, start="", samples_per_epoch=1, total_samples=1, peak="")
+        assert words in capsys.readouterr().out

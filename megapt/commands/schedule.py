@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at pipeline schedules.", no_args_is_help=True)
 
+_LONGEST = 1e9  # seconds: no figure of a step becomes infinite
+
 Seconds = Annotated[
     float | None,
-    typer.Option(min=0.0, help="Of one micro-batch through all layers of a rank, in seconds; default: 1, or measured."),
+    typer.Option(
+        min=0.0,
+        max=_LONGEST,
+        help="Of one micro-batch through all layers of a rank, in seconds; default: 1, or measured.",
+    ),
 ]
 
 
@@ -35,7 +41,7 @@ def show(
     forward: Seconds = None,
     backward_input: Seconds = None,
     backward_weight: Seconds = None,
-    transfer: Annotated[float, typer.Option(min=0.0, help="Of one hop between ranks, in seconds.")] = 0.0,
+    transfer: Annotated[float, typer.Option(min=0.0, max=_LONGEST, help="Of one hop between ranks, in seconds.")] = 0.0,
     measured: Annotated[Path | None, typer.Option(metavar="FILE", help="A timeline measured by a run.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the timeline as a PNG.")] = None,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace (JSON).")] = None,
@@ -83,7 +89,10 @@ def _read(path: Path, made: Schedule) -> Timeline:
     """A measured timeline of that schedule. Raises UserError if it is another's."""
     from megapt.parallel.pipeline.timeline import Timeline
 
-    found = Timeline.from_json(path.read_text())
+    try:
+        found = Timeline.from_json(path.read_text(encoding="utf-8", errors="replace"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if len(found.ranks) != made.placement.stages:
         raise UserError(
             f"{path} holds {len(found.ranks)} ranks, the schedule has {made.placement.stages}; set --stages"

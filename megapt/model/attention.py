@@ -42,10 +42,14 @@ def attention(
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     if documents is not None and qkv.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, documents, causal).flatten(1)
+    grouped = heads != kv_heads
+    if grouped and qkv.dtype == torch.float32:
+        # Its one kernel without the matrix of scores, the memory-efficient one, wants as many heads of each.
+        k, v, grouped = _repeated(k, heads), _repeated(v, heads), False
     rows = []
     for run in _runs(lengths):
         run_q, run_k, run_v = (_as_batch(t, run) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(run_q, run_k, run_v, is_causal=causal, enable_gqa=heads != kv_heads)
+        y = F.scaled_dot_product_attention(run_q, run_k, run_v, is_causal=causal, enable_gqa=grouped)
         rows.append(y.transpose(1, 2).flatten(0, 1).flatten(1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -146,6 +150,11 @@ def _turned(
     return views
 
 
+def _repeated(t: Tensor, heads: int) -> Tensor:
+    """Key or value heads [T, kv_heads, width] as often as there are query heads."""
+    return t.repeat_interleave(heads // t.shape[1], dim=1)
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool) -> Tensor:
     """All documents in one call of a GPU's flash kernel: [T, heads, width] each -> [T, heads, width]."""
     from torch.nn.attention.varlen import varlen_attn
@@ -155,7 +164,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool)
         if _varlen_groups_heads():
             options["enable_gqa"] = True
         else:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+            k, v = (_repeated(t, q.shape[1]) for t in (k, v))
     bounds, longest = documents.cu_seqlens, max(documents.lengths)
     y = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(y, Tensor)  # no second result was asked for

@@ -206,8 +206,8 @@ class DecoderChunk(nn.Module):
     x_TH, or on the last chunk the summed loss of the labels (logits [T, vocabulary] if there are none).
 
     recompute: what each layer computes again in the backward pass; default: nothing. compiled: whether torch compiles
-    what lies between the parallel layers. before: called with the
-    embedding, each layer and the head right before it runs; set where its weights may still be on their way.
+    what lies between the parallel layers. before: called with the embedding, each layer and the head right before it
+    runs; set where its weights may still be on their way.
     """
 
     def __init__(

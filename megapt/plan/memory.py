@@ -64,9 +64,10 @@ def stage_memory(config: Config, data: int, cpu: bool = False) -> list[StageMemo
         }
         count = _local_elements(config, names)
         masters = 0 if width == wide else wide
-        # Muon keeps one moment where AdamW keeps two.
-        single = {name for name in names if table[name].role == "matrix"} if muon else set()
-        state = count * (2 * wide + masters) - _local_elements(config, single) * wide
+        # A tied copy on another stage than its owner is not optimized; Muon keeps one moment where AdamW keeps two.
+        owned = {name for name in names if table[name].tied_to is None}
+        single = {name for name in owned if table[name].role == "matrix"} if muon else set()
+        state = _local_elements(config, owned) * (2 * wide + masters) - _local_elements(config, single) * wide
         stages.append(
             StageMemory(
                 layers=[layers[v] for v in virtual],

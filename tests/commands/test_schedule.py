@@ -64,6 +64,24 @@ def test_measured_beside_simulated(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_what_is_no_timeline_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "some.json"
+    file.write_bytes(b"\xb5\x00\xff")
+    with pytest.raises(UserError, match=r"some\.json: a timeline is JSON"):
+        show("1f1b", "--stages", "2", "--micro-batches", "2", "--measured", str(file))
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e300", "-1"])
+def test_times_are_finite(seconds: str) -> None:
+    arguments = ["schedule", "show", "1f1b", "--stages", "2", "--micro-batches", "2", "--forward", seconds]
+    result = CliRunner().invoke(parent, arguments, catch_exceptions=False)
+    assert result.exit_code == 2 and "--forward" in result.output
+
+
+def test_a_timeline_too_wide_for_any_number_is_not_printed() -> None:
+    assert "draws it" in show("1f1b", "--stages", "2", "--micro-batches", "2", "--forward", "5e-324")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,3 +122,19 @@ def test_the_kernel_never_forms_the_matrix_of_scores() -> None:
     names = {event.key for event in profile.key_averages()}
     assert any("flash_attention_for_cpu_backward" in name for name in names)
     assert not any("softmax" in name or "bmm" in name for name in names)
+
+
+@pytest.mark.parametrize("dtype, asked", [(torch.float32, False), (torch.bfloat16, True)])
+def test_grouped_heads_keep_to_kernels_without_the_matrix_of_scores(
+    dtype: torch.dtype, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off the CPU: in fp32 no such kernel takes fewer key/value heads, and torch would form the matrix unasked."""
+    seen = []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append((options["enable_gqa"], k.shape[1], v.shape[1]))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    out = attention(torch.empty(2 * 8, (4 + 2 * 2) * 16, dtype=dtype, device="meta"), 2, 4, 2, None)
+    assert seen == [(asked, *([2, 2] if asked else [4, 4]))] and out.shape == (2 * 8, 4 * 16)

@@ -74,6 +74,17 @@ def test_state_is_what_the_native_backend_allocates(model: dict, precision: str,
     assert stage.optimizer == state
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_tied_copy_has_no_optimizer_state(kind: str) -> None:
+    def optimizer(tied: bool) -> list[int]:
+        made = tree(GPT2 | {"tied_embeddings": tied}, pp=2, precision="bf16", layers_per_stage="2,2")
+        return [stage.optimizer for stage in stage_memory(from_tree(made | {"optimizer": {"kind": kind}}).config, 1)]
+
+    tied, untied = optimizer(True), optimizer(False)
+    assert tied[0] == untied[0]
+    assert untied[1] - tied[1] == 3 * 4 * GPT2["vocabulary"] * GPT2["hidden"]  # master and two moments in fp32
+
+
 def _saved_bytes(engine: Engine, forward: Callable[[], Tensor]) -> int:
     """Bytes of the storages that autograd keeps, each once; parameters, positions and indices not counted."""
     kept: dict[int, Tensor] = {}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megapt.parameters import Parameter
+from megapt.zero.native import sum_of_squares
 from megapt.zero.rounding import StochasticRounding
 from tests.distributed.spawn import run_ranks
 from tests.zero import runs
@@ -184,3 +185,12 @@ def test_alone_needs_no_deepspeed() -> None:
     assert not imported
     for case in _cases():
         assert_close(runs.solution([found], "train", case), expected("train", F64, "adamw"), TOLERANCES[F64])
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_the_norm_of_millions_of_elements_keeps_its_digits(cut: int) -> None:
+    """Summed one by one in fp32 it would be off by a thousandth, and by another one where it is cut elsewhere."""
+    gradient = torch.full((3_000_000,), 0.00123)
+    found = sum_of_squares(list(gradient.chunk(cut)), gradient.device)
+    assert found.dtype == F64 and float(found) == pytest.approx(float(gradient.double().square().sum()), rel=5e-5)
+    assert sum_of_squares([], gradient.device) == 0

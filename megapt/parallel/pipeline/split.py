@@ -1,17 +1,14 @@
-"""How many layers each virtual stage gets: balanced by cost, or as a layout string says."""
+"""How many layers each virtual stage gets, balanced by cost."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import product
 
 from megapt.errors import UserError
 from megapt.parallel.pipeline.actions import Placement
-
-_PART = re.compile(r"(\d+)(?:\*(\d+))?")
 
 
 def balance(
@@ -42,33 +39,6 @@ def balance(
     counts = split.most_even(split.least_maximum())
     if placement is not None and placement.chunks > 1:
         counts = split.even_ranks(counts, placement)
-    return counts
-
-
-def parse_layout(layout: str, layers: int, stages: int) -> list[int]:
-    """The layers of each virtual stage as `layout` says: counts between commas, `a*n` for n stages of a layers.
-
-    `3,4*6,3` is eight virtual stages of 3, 4, 4, 4, 4, 4, 4 and 3 layers. Raises UserError for other texts, and where
-    the counts do not make `stages` virtual stages of at least one layer that together have `layers` layers.
-    """
-    counts: list[int] = []
-    for part in layout.split(","):
-        match = _PART.fullmatch(part.strip())
-        if match is None:
-            raise UserError(
-                "a layout is numbers of layers between commas, a*n for n stages of a layers each, as in 3,4*6,3; "
-                f"got {part.strip()!r} in {layout!r}"
-            )
-        count, times = match.groups()
-        # No more than can be legal, so that a slip of the pen in n costs no memory.
-        counts += [int(count)] * min(int(times or 1), stages + 1)
-    if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
-        even = ",".join(map(str, balance([1.0] * layers, stages))) if layers >= stages else "none"
-        raise UserError(
-            f"a layout gives each of the {stages} virtual stages at least one of the {layers} layers; {layout!r} has "
-            f"{len(counts) if len(counts) <= stages else f'more than {stages}'} stages with {sum(counts)} layers, the "
-            f"fewest {min(counts, default=0)}; an even one: {even}"
-        )
     return counts
 
 

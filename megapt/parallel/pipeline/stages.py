@@ -16,9 +16,10 @@ from megapt.model.table import parameter_table
 from megapt.parallel.loss import LossSettings
 from megapt.parallel.pipeline.actions import Placement
 from megapt.parallel.pipeline.schedules import placement
-from megapt.parallel.pipeline.split import balance, parse_layout
+from megapt.parallel.pipeline.split import balance
 from megapt.parallel.tensor import ParameterFactory, TensorParallel
 from megapt.parameters import Parameter
+from megapt.rules import parse_layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -38,9 +39,7 @@ def split_layers(config: Config) -> list[range]:
     """
     model, parallel = config.model, config.parallel
     stages, given = parallel.virtual_stages, parallel.layers_per_stage
-    if isinstance(given, list):
-        counts = given
-    elif given is not None:
+    if given is not None:
         counts = parse_layout(given, model.layers, stages)
     else:
         layer, head = _flops_per_token(model, config.batch.sequence)

@@ -134,11 +134,11 @@ def text(timeline: Timeline, width: int) -> str | None:
     margin = len(f"rank {len(timeline.ranks) - 1} ")
     for longest in (max(len(label) for row in labels for label in row) + 1, 1):
         scale = longest / shortest  # columns per second
-        columns = round(timeline.step * scale)
-        if margin + columns <= width:
+        if margin + timeline.step * scale <= width:
             break
     else:
         return None
+    columns = round(timeline.step * scale)
     lines = []
     for rank, row in enumerate(timeline.ranks):
         line = ["."] * columns

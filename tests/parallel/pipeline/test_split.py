@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megapt.errors import UserError
 from megapt.parallel.pipeline.actions import Placement, PlacementKind
-from megapt.parallel.pipeline.split import balance, parse_layout
+from megapt.parallel.pipeline.split import balance
+from megapt.rules import parse_layout
 
 
 def every_split(layers: int, stages: int) -> Iterator[list[int]]:
