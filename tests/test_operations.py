@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megapt.mesh import ParallelMesh, all_gather, all_reduce, receive, reduce_scatter, send
 from megapt.operations import OPERATIONS, Blocked, Noted, Operations, Place, brief
-from tests.distributed.spawn import run_ranks
+from megapt.prove.ranks import run_ranks
 
 
 class Work:

@@ -201,7 +201,8 @@ class NativeBackend(ZeroBackend):
         update = "fused AdamW" if self._muon is None else f"Muon ({str(self._muon.dtype)[6:]}) and fused AdamW"
         more = ", stochastic rounding" if self._rounding is not None else ""
         more += ", dynamic loss scale" if self._scaling is not None else ""
-        buckets = f"{wide} reduction in {len(self.buckets)} buckets during the backward pass"
+        count = "one bucket" if len(self.buckets) == 1 else f"{len(self.buckets)} buckets"
+        buckets = f"{wide} reduction in {count} during the backward pass"
         return f"native ZeRO {self.stage}: {where}, {buckets}, {update}{more}"
 
 

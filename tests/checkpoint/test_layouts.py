@@ -19,6 +19,7 @@ from megapt.errors import UserError
 from megapt.mesh import ParallelMesh
 from megapt.model.table import parameter_table
 from megapt.parameters import ParameterSpec, Split
+from megapt.prove.ranks import run_ranks
 from megapt.zero.base import Fragment
 from tests.checkpoint.fakes import GPT2, KINDS, LLAMA, Layout, check_loaded, fragments, meta_of, true_value
 from tests.checkpoint.ranks import (
@@ -27,7 +28,6 @@ from tests.checkpoint.ranks import (
     every_rank_has_its_own_folder,
     one_rank_cannot_write,
 )
-from tests.distributed.spawn import run_ranks
 
 ONE = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
 

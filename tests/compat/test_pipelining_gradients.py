@@ -15,7 +15,7 @@ from torch.distributed.pipelining import schedules as theirs
 from megapt.batch import MicroBatch
 from megapt.config import from_tree
 from megapt.engine import Engine
-from tests.distributed.spawn import run_ranks
+from megapt.prove.ranks import run_ranks
 
 MODEL: dict[str, Any] = {"layers": 4, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 40, "vocabulary": 61}
 SEQUENCE, MICRO_BATCHES, MICRO = 8, 4, 2

@@ -20,8 +20,8 @@ from megapt.generate import load_engine
 from megapt.mesh import ParallelMesh
 from megapt.model.table import parameter_table
 from megapt.pretrain import RunPlan, _StopAgreement
+from megapt.prove.ranks import run_ranks
 from megapt.zero.base import Fragment
-from tests.distributed.spawn import run_ranks
 from tests.end_to_end import runs
 from tests.end_to_end.runs import Ranks
 

@@ -23,8 +23,8 @@ from megapt.parallel.pipeline.runtime import Pipeline
 from megapt.parallel.tensor import TensorParallel
 from megapt.prove import collectives
 from megapt.prove.collectives import Group, Operation, Recorder, mismatches, record, small, take_steps
+from megapt.prove.ranks import run_ranks
 from megapt.zero.native import NativeBackend
-from tests.distributed.spawn import run_ranks
 
 SIZES = {"layers": 8, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocabulary": 100}
 

@@ -19,10 +19,10 @@ from megapt.model.decoder import DecoderChunk
 from megapt.model.table import parameter_table
 from megapt.parallel.tensor import ParameterFactory, TensorParallel
 from megapt.parameters import ParameterTable
+from megapt.prove.ranks import run_ranks
 from megapt.zero.buckets import Bucket
 from megapt.zero.native import NativeBackend
 from megapt.zero.reduction import Sharding
-from tests.distributed.spawn import run_ranks
 from tests.zero.harness import (
     LRS,
     OPTIMIZERS,

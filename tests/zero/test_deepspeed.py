@@ -11,8 +11,8 @@ from torch import nn
 
 from megapt.errors import UserError
 from megapt.mesh import Axis, ParallelMesh
+from megapt.prove.ranks import run_ranks
 from megapt.zero import deepspeed
-from tests.distributed.spawn import run_ranks
 from tests.zero import runs
 from tests.zero.harness import OPTIMIZER, TABLE, TOLERANCES, Case, Job, Problem, Solution, assert_close, solve
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megapt.parameters import Parameter
+from megapt.prove.ranks import run_ranks
 from megapt.zero.native import sum_of_squares
 from megapt.zero.rounding import StochasticRounding
-from tests.distributed.spawn import run_ranks
 from tests.zero import runs
 from tests.zero.harness import (
     OPTIMIZER,

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megapt.mesh import ParallelMesh, all_gather, reduce_scatter
+from megapt.prove.ranks import run_ranks
 from megapt.zero.native import NativeBackend
 from megapt.zero.traffic import Traffic, needed
-from tests.distributed.spawn import run_ranks
 from tests.zero.harness import Case, Problem
 
 CASES = [

@@ -21,7 +21,7 @@ from megapt.parallel.pipeline.actions import Action, Kind
 from megapt.parallel.pipeline.runtime import Pipeline
 from megapt.parallel.tensor import ParameterFactory, TensorParallel
 from megapt.parallel.weight_gradients import compute
-from tests.distributed.spawn import run_ranks
+from megapt.prove.ranks import run_ranks
 from tests.model.accuracy import random
 from tests.model.test_loss import ALONE, TOKENS, VOCABULARY, labels_of, plain, trained
 
