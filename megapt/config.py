@@ -24,6 +24,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _planned(value: Any) -> Any:
+    """`parallel: auto` as `parallel: {auto: detect}`."""
+    return {"auto": "detect"} if value == "auto" else value
+
+
 def _joined(value: Any) -> Any:
     """A list, or a single number, as a layout string."""
     if isinstance(value, list):
@@ -39,6 +48,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+# A tuple, since parameters and angles are looked up by the model that they belong to.
+Factors = Annotated[tuple[Positive, ...], BeforeValidator(_tuple)]
 
 
 class Section(BaseModel):
@@ -46,13 +57,25 @@ class Section(BaseModel):
 
 
 class RopeScaling(Section):
-    """Llama 3's scaling of rotary frequencies (long wavelengths divided by `factor`, short ones kept)."""
+    """How rotary angles are changed for sequences beyond the original ones.
 
-    kind: Literal["llama3", "linear"]
+    linear: all divided by `factor`; llama3: long wavelengths divided, short ones kept; yarn (arXiv 2309.00071): blended
+    between `beta_fast` and `beta_slow` turns over the original sequence; longrope (arXiv 2402.13753): each pair by its
+    own factor, `short_factors` up to the original sequence and `long_factors` beyond.
+    """
+
+    kind: Literal["llama3", "linear", "yarn", "longrope"]
     factor: Positive
     low_frequency_factor: Positive = 1.0
     high_frequency_factor: Positive = 4.0
     original_sequence: Count = 8192
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive | None = Field(
+        None, description="yarn and longrope: factor on cosines and sines; default: as the paper computes it"
+    )
+    short_factors: Factors | None = None
+    long_factors: Factors | None = None
 
 
 class ModelConfig(Section):
@@ -68,14 +91,28 @@ class ModelConfig(Section):
     max_sequence: Count = 4096
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
     norm_eps: Positive = 1e-5
+    norm_placement: Literal["before", "after", "both"] = Field(
+        "before", description="of attention and of the MLP, inside of the residual branch"
+    )
+    norm_offset: bool = Field(False, description="norms multiply by 1 + weight")
+    qk_norm: Literal["none", "head", "whole"] = Field(
+        "none", description="RMSNorm of queries and keys: of each head, or of all heads as one vector"
+    )
+    parallel_residual: bool = Field(False, description="attention and MLP read the same input and are added to it")
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated: bool = True
     position: Literal["rope", "learned"] = "rope"
     rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
+    rotary_dim: Count | None = Field(None, description="first dimensions of a head that turn; default: all")
     bias: Literal["none", "qkv", "all"] = "none"
     tied_embeddings: bool = False
     attention: Literal["causal", "bidirectional"] = "causal"
+    window: Count | None = Field(None, description="tokens that a token attends to, itself included; default: all")
+    window_pattern: Count = Field(1, description="1: every layer has the window; n: all but each n-th layer have it")
+    attention_scale: Positive | None = Field(None, description="factor on the scores; default: 1 / sqrt(head_dim)")
+    attention_softcap: Positive | None = Field(None, description="scores become cap x tanh(scores / cap)")
+    embedding_scale: Positive | None = Field(None, description="factor on the token embeddings; default: 1")
     logit_softcap: Positive | None = Field(None, description="logits become cap x tanh(logits / cap)")
     init_std: Positive = 0.02
 
@@ -87,6 +124,16 @@ class ModelConfig(Section):
     def head_width(self) -> int:
         return self.head_dim or self.hidden // self.heads
 
+    @property
+    def rotary_width(self) -> int:
+        """Dimensions of a head that turn with the position."""
+        return self.rotary_dim or self.head_width
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a token attends to in a layer, itself included; None for all of its document."""
+        full = self.window_pattern > 1 and (layer + 1) % self.window_pattern == 0
+        return None if full else self.window
+
 
 class ParallelConfig(Section):
     """Where it is computed. Data parallelism is what remains: world / (tensor x pipeline)."""
@@ -94,6 +141,9 @@ class ParallelConfig(Section):
     tensor: Count = 1
     pipeline: Count = 1
     data: Count | None = Field(None, description="if given, must be what remains")
+    auto: str | None = Field(
+        None, description="hardware by name or file, or `detect`: the planner chooses what the file does not state"
+    )
     sequence: bool | None = Field(None, description="sequence parallelism; default: whenever tensor > 1")
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "1f1b"
     chunks: Count = Field(1, description="model chunks per rank: interleaved takes 2 or more, zb-v 2")
@@ -273,10 +323,27 @@ class TrainConfig(Section):
     validate_samples: CountOrZero = Field(256, description="0: no validation")
 
 
+class EphemeralConfig(Section):
+    """Checkpoints in between, for a restart that repeats less; the newest of both kinds is resumed."""
+
+    every: Count
+    folder: str | None = Field(
+        None, description="on a disk that all ranks share; default: run.folder/checkpoints/ephemeral"
+    )
+    keep: Count = 1
+
+
 class CheckpointConfig(Section):
     every: CountOrZero = Field(0, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(2, description="newest checkpoints kept")
+    keep_every: Count | None = Field(None, description="those of every n-th step are never removed")
+    keep_best: CountOrZero = Field(0, description="those of the lowest validation losses that are kept as well")
+    asynchronous: bool = Field(True, description="a background process writes them while training goes on")
+    retry: Count = Field(100, description="steps after which one that failed is tried again, if none is due before")
+    ephemeral: EphemeralConfig | None = None
     load: str | None = Field(None, description="start from these weights (a checkpoint of any layout)")
+    load_optimizer: bool = Field(False, description="their moments and update count too; steps and data start anew")
+    from_scratch: bool = Field(False, description="from fresh weights where checkpoint.load does not exist")
 
 
 class RunConfig(Section):
@@ -295,7 +362,7 @@ class Config(Section):
     loss_scale: LossScaleConfig = LossScaleConfig()
     objective: Literal["next_token", "masked_lm"] = "next_token"
     model: ModelConfig
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Annotated[ParallelConfig, BeforeValidator(_planned)] = ParallelConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     compile: bool = Field(False, description="torch.compile of what lies between the parallel layers' collectives")
     zero: ZeroConfig = ZeroConfig()

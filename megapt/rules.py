@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
     yield from _parallel_conflicts(config)
     yield from _zero_conflicts(config)
     yield from _data_conflicts(config)
+    yield from _checkpoint_conflicts(config)
     batch, model, train = config.batch, config.model, config.train
     if (batch.samples is None) == (batch.tokens is None):
         yield "batch", "give the global batch either in `samples` or in `tokens`"
@@ -74,10 +76,56 @@ def _model_conflicts(model: ModelConfig) -> Iterator[tuple[str, str]]:
     if model.heads % model.num_kv_heads:
         fits = ", ".join(map(str, _divisors(model.heads)))
         yield "model.kv_heads", f"{model.num_kv_heads} does not divide model.heads = {model.heads}; legal: {fits}"
-    if model.position == "rope" and model.head_width % 2:
-        yield "model.head_dim", f"rotary positions need an even head dimension, not {model.head_width}"
-    if model.position != "rope" and model.rope_scaling is not None:
-        yield "model.rope_scaling", "needs model.position = rope"
+    yield from _position_conflicts(model)
+    if model.norm == "layer_norm" and model.norm_offset:
+        yield "model.norm_offset", "belongs to model.norm = rms_norm, not layer_norm"
+    if model.parallel_residual and model.norm_placement != "before":
+        yield "model.norm_placement", f"a parallel residual has its norms before, not {model.norm_placement}"
+    if model.window_pattern > 1 and model.window is None:
+        yield "model.window_pattern", f"{model.window_pattern} has no effect without model.window"
+    if model.window is not None and model.attention != "causal":
+        yield "model.window", f"needs model.attention = causal, not {model.attention}"
+
+
+# What only some kinds of rotary scaling read.
+_SCALINGS = {
+    "low_frequency_factor": ("llama3",),
+    "high_frequency_factor": ("llama3",),
+    "beta_fast": ("yarn",),
+    "beta_slow": ("yarn",),
+    "attention_factor": ("yarn", "longrope"),
+}
+
+
+def _position_conflicts(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    if model.position != "rope":
+        for name in ("rope_scaling", "rotary_dim"):
+            if getattr(model, name) is not None:
+                yield f"model.{name}", f"needs model.position = rope, not {model.position}"
+        return
+    width = model.rotary_width
+    if model.rotary_dim is None and width % 2:
+        yield "model.head_dim", f"rotary positions need an even head dimension, not {width}"
+    elif width % 2 or width > model.head_width:
+        yield "model.rotary_dim", f"{width} must be even and at most the head dimension, {model.head_width}"
+    scaling = model.rope_scaling
+    if scaling is None:
+        return
+    for name, kinds in _SCALINGS.items():
+        if scaling.kind not in kinds and name in _given(scaling):
+            yield f"model.rope_scaling.{name}", f"has no effect on kind = {scaling.kind}: it belongs to {kinds[0]}"
+    if scaling.beta_fast <= scaling.beta_slow:
+        message = f"{scaling.beta_fast} must be above model.rope_scaling.beta_slow = {scaling.beta_slow}"
+        yield "model.rope_scaling.beta_fast", message
+    if scaling.kind == "longrope" and scaling.original_sequence == 1:
+        yield "model.rope_scaling.original_sequence", "must be 2 or more for kind = longrope"
+    for name in ("short_factors", "long_factors"):
+        factors = getattr(scaling, name)
+        if (scaling.kind == "longrope") != (factors is not None):
+            yield f"model.rope_scaling.{name}", "belongs to kind = longrope, which needs it, and to no other"
+        elif factors is not None and len(factors) != width // 2:
+            message = f"has {len(factors)} factors; {width} dimensions that turn need {width // 2}"
+            yield f"model.rope_scaling.{name}", message
 
 
 def _parallel_conflicts(config: Config) -> Iterator[tuple[str, str]]:
@@ -118,6 +166,13 @@ def _parallel_conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield "recompute.budget", f"has no effect on the {recompute.policy} policy: it belongs to budget"
     if recompute.layers is not None and recompute.policy not in ("selective", "full"):
         yield "recompute.layers", f"has no effect on the {recompute.policy} policy: it belongs to selective and full"
+    most = model.layers - stages + 1
+    if recompute.layers is not None and recompute.layers > max(most, 1):
+        yield (
+            "recompute.layers",
+            f"{recompute.layers} are more than one of {stages} virtual stages of {model.layers} layers can have; at "
+            f"most {most}, or leave it out for all",
+        )
 
 
 _PART = re.compile(r"(\d+)(?:\*(\d+))?")
@@ -190,6 +245,29 @@ def _zero_conflicts(config: Config) -> Iterator[tuple[str, str]]:
         )
 
 
+def _checkpoint_conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    checkpoint, train = config.checkpoint, config.train
+    every, kept, ephemeral = checkpoint.every, checkpoint.keep_every, checkpoint.ephemeral
+    if kept is not None and (every == 0 or kept % every):
+        legal = f"nearest: {_nearest(kept, every)}" if every else "which is 0: give both"
+        yield "checkpoint.keep_every", f"{kept} is not a multiple of checkpoint.every = {every}, {legal}"
+    if checkpoint.keep_best and not (train.validate_every and train.validate_samples):
+        yield "checkpoint.keep_best", (
+            f"{checkpoint.keep_best} goes by validation losses: it needs train.validate_every and validate_samples "
+            f"above 0, not {train.validate_every} and {train.validate_samples}"
+        )
+    if ephemeral is not None and every and ephemeral.every >= every:
+        message = f"{ephemeral.every} must be below checkpoint.every = {every}: they are for the steps in between"
+        yield "checkpoint.ephemeral.every", message
+    if ephemeral is not None and ephemeral.folder is not None:
+        lasting = os.path.join(config.run.folder, "checkpoints")
+        if os.path.realpath(ephemeral.folder) == os.path.realpath(lasting):
+            message = f"{lasting} holds the lasting checkpoints, which would be removed; name another folder"
+            yield "checkpoint.ephemeral.folder", message
+    if checkpoint.load_optimizer and checkpoint.load is None:
+        yield "checkpoint.load_optimizer", "has no effect without checkpoint.load"
+
+
 def _given(section: Section) -> list[str]:
     """Values of a section that are not their defaults."""
     return [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
@@ -202,8 +280,10 @@ def _data_conflicts(config: Config) -> Iterator[tuple[str, str]]:
         if isinstance(given, list):
             yield from _source_conflicts(key, given)
     names = [source.label for source in sources]
-    if data.phases and not sources:
-        yield "data.phases", "weigh the sources of a blend, but data.train is one corpus"
+    if data.phases and len(sources) < 2:
+        yield "data.phases", "weigh the sources of a blend against each other, but data.train is one corpus"
+    if data.valid is not None and data.split != type(data).model_fields["split"].default:
+        yield "data.split", f"{data.split} has no effect, since data.valid names the validation data: leave one out"
     starts = [phase.from_token for phase in data.phases]
     if starts != sorted(set(starts)):
         yield "data.phases", f"must begin one after the other, not at tokens {starts}"

@@ -44,7 +44,7 @@ def print_summary(
     if config.recompute.policy != "none":
         table.add_row("recompute", _recompute(config, stages))
     for rank, stage in enumerate(stages):
-        layers = " + ".join(f"{r.start}-{r.stop - 1}" if r else "none" for r in stage.layers)
+        layers = " + ".join(_span(r) for r in stage.layers)
         parts = ("weights", "gradients", "optimizer", "activations")
         items = ", ".join(f"{part} {_bytes(getattr(stage, part))}" for part in parts)
         table.add_row(
@@ -73,6 +73,12 @@ def layout_text(config: Config) -> str:
     """The layers of each virtual stage, as `parallel.layers_per_stage` takes them: 3,4*6,3."""
     runs = [(count, len(list(same))) for count, same in groupby(len(layers) for layers in split_layers(config))]
     return ",".join(str(count) if times == 1 else f"{count}*{times}" for count, times in runs)
+
+
+def _span(layers: range) -> str:
+    if len(layers) < 2:
+        return str(layers.start) if layers else "none"
+    return f"{layers.start}-{layers.stop - 1}"
 
 
 def _reason(config: Config) -> str:

@@ -291,6 +291,15 @@ RULES: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "budget": (["recompute.policy=budget"], "recompute.policy", ["budget needs `recompute.budget`"]),
     "budget of another policy": (["recompute.budget=2"], "recompute.budget", ["no effect on the none policy"]),
+    "more recomputed layers than there are": (
+        ["recompute.policy=full", "recompute.layers=1000"], "recompute.layers", ["1000 are more than", "leave it out"],
+    ),
+    "split beside validation data": (
+        ["data.valid=v", "data.split=90,10,0"], "data.split", ["90,10,0 has no effect"],
+    ),
+    "phases of a blend of one": (
+        ["data.train=[{path: a}]", "data.phases=[{from_token: 10, weights: {a: 1}}]"], "data.phases", ["one corpus"],
+    ),
     "recomputed layers": (["recompute.layers=2"], "recompute.layers", ["no effect on the none policy"]),
     "layer costs": (["parallel.layer_costs=[1, 2]"], "parallel.layer_costs", ["2 costs for model.layers = 4"]),
     "masks": (["objective=masked_lm", "model.attention=bidirectional"], "data.masked_lm", ["needs it"]),

@@ -14,6 +14,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megapt.batch import Documents
+from megapt.model.blockwise import (
+    CAUSAL,
+    Scores,
+    attend,
+    attend_backward,
+    attend_in_window,
+    attend_in_window_backward,
+)
 from megapt.model.positions import Rotary, rotate, turn
 
 
@@ -23,10 +31,10 @@ def attention(
     heads: int,
     kv_heads: int,
     rotary: Rotary | None,
-    causal: bool = True,
+    scores: Scores = CAUSAL,
     documents: Documents | None = None,
 ) -> Tensor:
-    """Each token attends to its document: to itself and the tokens before it, or if not `causal` to all of it.
+    """Each token attends to its document: to itself and the tokens before it, or as `scores` says otherwise.
 
     qkv: [T, (heads + 2 x kv_heads) x width], T = batch x sequence: a token's query heads, then its key heads, then
     its value heads; query head i meets key/value head i // (heads / kv_heads) (arXiv 2305.13245).
@@ -34,14 +42,15 @@ def attention(
     Returns [T, heads x width].
     """
     lengths = documents.lengths if documents is not None else (qkv.shape[0] // batch,) * batch
-    if qkv.device.type == "cpu":
-        return _CpuAttention.apply(qkv, batch, heads, kv_heads, *(rotary or (None, None)), causal, lengths)
+    windowed, half = scores.windowed(max(lengths)), qkv.dtype in (torch.bfloat16, torch.float16)
+    if qkv.device.type == "cpu" or scores.softcap is not None or (windowed and not half):
+        return _Attention.apply(qkv, batch, heads, kv_heads, *(rotary or (None, None)), scores, lengths)
     q, k, v = _heads(qkv, batch, heads, kv_heads)
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    if documents is not None and qkv.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q, k, v, documents, causal).flatten(1)
+    if half and (documents is not None or windowed):
+        return _varlen(q, k, v, documents or _rows(lengths, qkv.device), scores).flatten(1)
     grouped = heads != kv_heads
     if grouped and qkv.dtype == torch.float32:
         # Its one kernel without the matrix of scores, the memory-efficient one, wants as many heads of each.
@@ -49,7 +58,9 @@ def attention(
     rows = []
     for run in _runs(lengths):
         run_q, run_k, run_v = (_as_batch(t, run) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(run_q, run_k, run_v, is_causal=causal, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            run_q, run_k, run_v, is_causal=scores.causal, scale=scores.scale, enable_gqa=grouped
+        )
         rows.append(y.transpose(1, 2).flatten(0, 1).flatten(1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -75,8 +86,8 @@ def _heads(qkv: Tensor, batch: int, heads: int, kv_heads: int) -> tuple[Tensor, 
     return qkv.unflatten(0, (batch, -1)).unflatten(2, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 2)
 
 
-class _CpuAttention(Function):
-    """The CPU's flash kernel (arXiv 2205.14135) on the projection's own layout.
+class _Attention(Function):
+    """The CPU's flash kernel (arXiv 2205.14135), or `blockwise`, on the projection's own layout.
 
     Turning while copying, and writing all gradients into one tensor, spare the copies, zero fills and sums that
     autograd makes of views.
@@ -91,10 +102,10 @@ class _CpuAttention(Function):
         kv_heads: int,
         cos: Tensor | None,
         sin: Tensor | None,
-        causal: bool,
+        scores: Scores,
         lengths: tuple[int, ...],
     ) -> Tensor:
-        ctx.sizes, ctx.causal, ctx.lengths = (batch, heads, kv_heads), causal, lengths
+        ctx.sizes, ctx.scores, ctx.lengths = (batch, heads, kv_heads), scores, lengths
         q, k, v = _heads(qkv, *ctx.sizes)
         if cos is not None and sin is not None:
             q, k, v = _turned((q, k, v), torch.empty_like(qkv), ctx.sizes, (cos, sin))
@@ -103,8 +114,7 @@ class _CpuAttention(Function):
         out = q.new_empty(q.shape) if len(runs) > 1 else None
         sums = []
         for run in runs:
-            part = (_as_batch(t, run) for t in (q, k, v))
-            y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, causal)
+            y, lse = _attend(scores, *(_as_batch(t, run) for t in (q, k, v)))
             sums.append(lse)
             if out is None:
                 out = y.transpose(1, 2).flatten(0, 1)
@@ -120,8 +130,7 @@ class _CpuAttention(Function):
         dy = grad.reshape(out.shape)
         gradients: list[tuple[Tensor, ...]] = []
         for run, lse in zip(_runs(ctx.lengths), sums, strict=True):
-            part = (_as_batch(t, run) for t in (dy, q, k, v, out))
-            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*part, lse, 0.0, ctx.causal)
+            made = _attend_backward(ctx.scores, lse, *(_as_batch(t, run) for t in (dy, q, k, v, out)))
             gradients.append(tuple(g.transpose(1, 2).flatten(0, 1) for g in made))
         batch, heads, kv_heads = ctx.sizes
         together = gradients[0] if len(gradients) == 1 else tuple(map(torch.cat, zip(*gradients, strict=True)))
@@ -132,6 +141,29 @@ class _CpuAttention(Function):
         else:
             _turned((dq, dk, dv), dqkv, ctx.sizes, (cos, -sin))
         return dqkv, None, None, None, None, None, None, None
+
+
+def _attend(scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A run's attention, and what its backward needs beside: the logs of the softmax's denominators."""
+    if q.device.type != "cpu" or scores.softcap is not None:
+        return attend(q, k, v, scores)
+    if scores.windowed(q.shape[2]):
+        return attend_in_window(q, k, v, scores)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    y, lse = flash(q, k, v, 0.0, scores.causal, scale=scores.scale)
+    return y, lse
+
+
+def _attend_backward(
+    scores: Scores, lse: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type != "cpu" or scores.softcap is not None:
+        return attend_backward(dy, q, k, v, out, lse, scores)
+    if scores.windowed(q.shape[2]):
+        return attend_in_window_backward(dy, q, k, v, out, lse, scores)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    dq, dk, dv = flash(dy, q, k, v, out, lse, 0.0, scores.causal, scale=scores.scale)
+    return dq, dk, dv
 
 
 def _as_batch(t: Tensor, run: _Run) -> Tensor:
@@ -155,11 +187,18 @@ def _repeated(t: Tensor, heads: int) -> Tensor:
     return t.repeat_interleave(heads // t.shape[1], dim=1)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool) -> Tensor:
+def _rows(lengths: tuple[int, ...], device: torch.device) -> Documents:
+    """Rows of equal length as documents."""
+    bounds = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * lengths[0]
+    return Documents(lengths, bounds, torch.arange(lengths[0], device=device).repeat(len(lengths)))
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores) -> Tensor:
     """All documents in one call of a GPU's flash kernel: [T, heads, width] each -> [T, heads, width]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)}
+    before = -1 if scores.window is None else scores.window - 1
+    options: dict[str, Any] = {"window_size": (before, 0 if scores.causal else -1), "scale": scores.scale}
     if q.shape[1] != k.shape[1]:
         if _varlen_groups_heads():
             options["enable_gqa"] = True

@@ -41,10 +41,10 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide)
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(wide)).to(x.dtype)
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * (weight.to(wide) + offset)).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -54,6 +54,22 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def turned(qkv: Tensor, cos: Tensor, sin: Tensor, batch: int, turning: int, width: int) -> Tensor:
     """qkv [T, heads x width] with its first `turning` heads (queries and keys) turned by their positions."""
     heads = qkv.unflatten(0, (batch, -1)).unflatten(2, (-1, width))
-    a, b = heads[:, :, :turning].to(cos.dtype).chunk(2, dim=-1)
+    whole, rotary = heads[:, :, :turning], 2 * cos.shape[-1]
+    a, b = whole[..., :rotary].to(cos.dtype).chunk(2, dim=-1)
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
+    if rotary < width:
+        turned = torch.cat([turned, whole[..., rotary:]], dim=-1)
     return torch.cat([turned, heads[:, :, turning:]], dim=2).flatten(0, 1).flatten(1)
+
+
+def qk_norm(qkv: Tensor, weight: Tensor, groups: tuple[int, int], width: int, whole: bool, eps: float) -> Tensor:
+    """qkv [T, heads x width] with its query heads and its key heads, as many as `groups` says, divided by their root
+    mean square, of each head or of all, and multiplied by weight [heads, width] in at least fp32."""
+    wide, count = weight.dtype, sum(groups)
+    heads = qkv.unflatten(1, (-1, width))
+    x = heads[:, :count].to(wide)
+    mean = x.square().mean(-1, keepdim=True)
+    if whole:
+        mean = torch.cat([m.mean(1, keepdim=True).expand_as(m) for m in mean.split(groups, dim=1)], dim=1)
+    y = (x * torch.rsqrt(mean + eps) * weight).to(qkv.dtype)
+    return torch.cat([y, heads[:, count:]], dim=1).flatten(1)

@@ -19,8 +19,9 @@ from megapt.batch import MicroBatch
 from megapt.config import ModelConfig
 from megapt.model.attention import attention
 from megapt.model.blocks import row_blocks
+from megapt.model.blockwise import Scores
 from megapt.model.compiled import chain, turned
-from megapt.model.norms import make_norm
+from megapt.model.norms import QKNorm, make_norm
 from megapt.model.positions import Rotary, at_positions, rotary_table
 from megapt.model.recompute import Policy, drop_all, drop_output, keep_input
 from megapt.parallel.loss import LossSettings, VocabularyHead
@@ -37,26 +38,41 @@ from megapt.parameters import Parameter
 class Attention(nn.Module):
     """Self-attention with grouped key/value heads (arXiv 2305.13245), this rank's heads only."""
 
-    def __init__(self, model: ModelConfig, factory: ParameterFactory, at: str, compiled: bool = False) -> None:
+    def __init__(
+        self, model: ModelConfig, factory: ParameterFactory, at: str, layer: int, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.compiled = compiled
         self.qkv = ColumnParallelLinear(factory, f"{at}.q", f"{at}.k", f"{at}.v")
-        self.out = RowParallelLinear(factory, f"{at}.out")
         self.heads, self.kv_heads = (w // model.head_width for w in self.qkv.widths[:2])
-        self.causal = model.attention == "causal"
+        self.qk_norm: QKNorm | None = None
+        if model.qk_norm != "none":
+            self.qk_norm = QKNorm(model, factory, at, self.heads, self.kv_heads, compiled)
+        self.out = RowParallelLinear(factory, f"{at}.out")
+        self.scores = Scores(
+            model.attention == "causal", model.window_of(layer), model.attention_scale, model.attention_softcap
+        )
 
     def forward(
-        self, x: Tensor, batch: MicroBatch, rotary: Rotary | None, again: Again | None = None, drop: bool = False
+        self,
+        x: Tensor,
+        batch: MicroBatch,
+        rotary: Rotary | None,
+        again: Again | None = None,
+        drop: bool = False,
+        graph_only: bool = False,
     ) -> Tensor:
         def core(qkv: Tensor) -> Tensor:
             rows, turning, angles = len(batch.tokens), self.heads + self.kv_heads, rotary
+            if self.qk_norm is not None:
+                qkv = self.qk_norm(qkv)
             if self.compiled and angles is not None:
                 width = qkv.shape[1] // (turning + self.kv_heads)
                 qkv, angles = chain(turned)(qkv, *angles, rows, turning, width), None
-            return attention(qkv, rows, self.heads, self.kv_heads, angles, self.causal, batch.documents)
+            return attention(qkv, rows, self.heads, self.kv_heads, angles, self.scores, batch.documents)
 
         y, y_again = drop_all(core, self.qkv(x, again), drop)
-        return self.out(y, y_again)
+        return self.out(y, y_again, graph_only)
 
 
 class MLP(nn.Module):
@@ -127,7 +143,8 @@ _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream x_TH.
+    """Attention and MLP, each with a norm before, after or both, added to the residual stream x_TH one after the other
+    or, with a parallel residual (GPT-J, GPT-NeoX: arXiv 2204.06745), at once.
 
     recompute: what its backward computes again rather than finds kept.
     """
@@ -141,12 +158,19 @@ class Layer(nn.Module):
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.parallel = recompute, model.parallel_residual
         at = f"layers.{index}"
-        self.attention_norm = make_norm(model, factory, f"{at}.attention_norm", compiled)
-        self.attention = Attention(model, factory, f"{at}.attention", compiled)
-        self.mlp_norm = make_norm(model, factory, f"{at}.mlp_norm", compiled)
+
+        def norm(name: str, there: bool) -> nn.Module | None:
+            return make_norm(model, factory, f"{at}.{name}", compiled) if there else None
+
+        before, after = model.norm_placement != "after", model.norm_placement != "before"
+        self.attention_norm = norm("attention_norm", before)
+        self.attention = Attention(model, factory, f"{at}.attention", index, compiled)
+        self.attention_norm_after = norm("attention_norm_after", after)
+        self.mlp_norm = norm("mlp_norm", before)
         self.mlp = MLP(model, factory, f"{at}.mlp", compiled)
+        self.mlp_norm_after = norm("mlp_norm_after", after)
 
     def forward(self, x: Tensor, batch: MicroBatch, rotary: Rotary | None) -> Tensor:
         if self.recompute != "full" or not torch.is_grad_enabled():
@@ -155,26 +179,38 @@ class Layer(nn.Module):
         return keep_input(whole, partial(whole, graph_only=True), x)
 
     def _whole(self, x: Tensor, batch: MicroBatch, rotary: Rotary | None, graph_only: bool = False) -> Tensor:
-        """With `graph_only` the last product, which no backward needs, is left out."""
+        """With `graph_only` products that end in the result, which no backward needs, are left out."""
         drop = self.recompute == "selective"
-        y, again = drop_output(self.attention_norm, x, drop)
-        x = x + self.attention(y, batch, rotary, again, drop)
-        y, again = drop_output(self.mlp_norm, x, drop)
-        return x + self.mlp(y, again, drop, graph_only)
+        y, again = _normed(self.attention_norm, x, drop)
+        attended = self.attention(y, batch, rotary, again, drop, graph_only and self.parallel)
+        if self.attention_norm_after is not None:
+            attended = self.attention_norm_after(attended)
+        stream = x + attended
+        y, again = _normed(self.mlp_norm, x if self.parallel else stream, drop)
+        made = self.mlp(y, again, drop, graph_only and self.mlp_norm_after is None)
+        return stream + (made if self.mlp_norm_after is None else self.mlp_norm_after(made))
+
+
+def _normed(norm: nn.Module | None, x: Tensor, drop: bool) -> tuple[Tensor, Again | None]:
+    return (x, None) if norm is None else drop_output(norm, x, drop)
 
 
 class Embedding(nn.Module):
-    """Token embeddings, plus learned positions where the model has them."""
+    """Token embeddings, scaled and with learned positions where the model has them."""
 
     def __init__(self, model: ModelConfig, factory: ParameterFactory) -> None:
         super().__init__()
         self.tokens = VocabularyEmbedding(factory)
+        self.scale = model.embedding_scale
         self.positions: Parameter | None = None
         if model.position == "learned":
             (self.positions,) = factory("positions.weight")
 
     def forward(self, batch: MicroBatch) -> Tensor:
         x = self.tokens(batch.tokens.flatten())
+        if self.scale is not None:
+            # Gemma rounds it to the weights' precision, and its models were trained so.
+            x = x * float(torch.tensor(self.scale, dtype=x.dtype))
         if self.positions is not None:
             rows, sequence = batch.tokens.shape
             where = torch.arange(sequence, device=x.device).repeat(rows)

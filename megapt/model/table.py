@@ -15,7 +15,8 @@ def parameter_table(model: ModelConfig) -> ParameterTable:
     """All parameters in the order of the forward pass.
 
     Initialisation follows GPT-2: normal with `init_std`, projections that write into the residual stream scaled by
-    1 / sqrt(2 x layers), norms one, biases zero. Weight decay applies to matrices only.
+    1 / sqrt(2 x layers), norms one (zero where they multiply by 1 + weight), biases zero. Weight decay applies to
+    matrices only.
     """
     return ParameterTable(_specs(model))
 
@@ -54,21 +55,46 @@ def _layer(model: ModelConfig, index: int) -> Iterator[ParameterSpec]:
                 partial=Partial.NEVER if column else Partial.SEQUENCE,
             )
 
-    yield from _norm(model, f"{at}.attention_norm", index)
+    before, after = model.norm_placement != "after", model.norm_placement != "before"
+    if before:
+        yield from _norm(model, f"{at}.attention_norm", index)
     yield from linear("attention.q", query, hidden, Split(0, width), inner, qkv_bias)
     yield from linear("attention.k", key, hidden, Split(0, width), inner, qkv_bias)
     yield from linear("attention.v", key, hidden, Split(0, width), inner, qkv_bias)
+    if model.qk_norm != "none":
+        yield _qk_norm(model, f"{at}.attention.q_norm", index, query)
+        yield _qk_norm(model, f"{at}.attention.k_norm", index, key)
     yield from linear("attention.out", hidden, query, Split(1, width), residual, bias)
-    yield from _norm(model, f"{at}.mlp_norm", index)
+    if after:
+        yield from _norm(model, f"{at}.attention_norm_after", index)
+    if before:
+        yield from _norm(model, f"{at}.mlp_norm", index)
     if model.gated:
         yield from linear("mlp.gate", model.ffn, hidden, Split(0), inner, bias)
     yield from linear("mlp.up", model.ffn, hidden, Split(0), inner, bias)
     yield from linear("mlp.down", hidden, model.ffn, Split(1), residual, bias)
+    if after:
+        yield from _norm(model, f"{at}.mlp_norm_after", index)
 
 
 def _norm(model: ModelConfig, name: str, layer: int | None) -> Iterator[ParameterSpec]:
     end = "last" if layer is None else None
     common = {"decay": False, "layer": layer, "partial": Partial.SEQUENCE, "end": end}
-    yield ParameterSpec(f"{name}.weight", (model.hidden,), fill=1.0, **common)  # type: ignore[arg-type]
+    yield ParameterSpec(f"{name}.weight", (model.hidden,), fill=_one(model), **common)  # type: ignore[arg-type]
     if model.norm == "layer_norm":
         yield ParameterSpec(f"{name}.bias", (model.hidden,), **common)  # type: ignore[arg-type]
+
+
+def _qk_norm(model: ModelConfig, name: str, layer: int, width: int) -> ParameterSpec:
+    """One weight for all heads, of which each tensor rank sees its own only; or one for each, cut like their rows."""
+    fill = _one(model)
+    if model.qk_norm == "head":
+        shape = (model.head_width,)
+        return ParameterSpec(f"{name}.weight", shape, fill=fill, decay=False, layer=layer, partial=Partial.ALWAYS)
+    split = Split(0, model.head_width)
+    return ParameterSpec(f"{name}.weight", (width,), split, fill=fill, decay=False, layer=layer)
+
+
+def _one(model: ModelConfig) -> float:
+    """The weight with which a norm multiplies by one."""
+    return 0.0 if model.norm_offset else 1.0

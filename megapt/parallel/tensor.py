@@ -64,6 +64,10 @@ class TensorParallel:
         wait()
         return out
 
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in place, whether tokens are cut or not."""
+        return self.axis.all_reduce(x)
+
     def local_tokens(self, x: Tensor) -> Tensor:
         """This rank's slice of a tensor over all tokens (dim 0)."""
         if self.axis.size == 1 or not self.sequence:

@@ -12,7 +12,7 @@ from typing import Any
 from megapt.config import Config
 from megapt.errors import UserError
 from megapt.prove.layout import Layout, tightened
-from megapt.prove.small import Shape
+from megapt.prove.small import LAYERS, Shape
 
 Axes = dict[str, tuple[Any, ...]]
 
@@ -38,6 +38,10 @@ SLOW = {"compile": (False,)}
 STRUCTURE = ("tp", "pp", "dp", "schedule", "micro", "sequence", "zero", "stages")
 # Of the full matrix these go through their whole product; of the others every pair of values occurs.
 PRODUCT = ("tp", "pp", "dp", "schedule", "zero", "sequence")
+# Those that a layer's inside can tell apart: of brief shapes every value of these occurs, and no others need to. One of
+# their layouts cuts tokens and lets ranks share key/value heads, which pairs of values do not say.
+INSIDE = ("tp", "sequence", "recompute")
+SHARED = Layout(tp=4, recompute="selective")
 
 _START = 8  # starting a layout costs about as much as so many ranks
 
@@ -111,23 +115,37 @@ class Matrix:
         self.axes = self.axes if compiler else self.fast
 
     def legal(self, case: Case) -> bool:
+        """Whether the case is one of the matrix: for brief shapes only if it is held against the one reference that
+        they have."""
+        if case.shape.brief and (case.layout.optimizer or case.layers > LAYERS):
+            return False
         return case.layout.world <= self.ranks and _legal(case, self.precision)
 
+    def wants(self, pair: Pair) -> bool:
+        """Whether some case must have both values."""
+        values = dict(pair)
+        shape = self.shapes.get(values.get("shape", ""))
+        return shape is None or not shape.brief or any(axis in INSIDE for axis in values)
+
     def quick(self) -> list[Case]:
-        """A covering array: every pair of values that any legal layout has occurs in some case."""
-        return self._cover([], self.fast)
+        """A covering array: every pair of values that is wanted and that any legal layout has occurs in some case."""
+        return self._cover(self._shared(), self.fast)
 
     def full(self) -> list[Case]:
-        """The legal part of the product of the PRODUCT axes, and every pair of values of all axes."""
+        """The legal part of the product of the PRODUCT axes for shapes that are not brief, and every pair of values."""
         chooser = random.Random(0)
-        chosen: list[Case] = []
+        chosen = self._shared()
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for values in self._structures():
             groups.setdefault(tuple(values[axis] for axis in PRODUCT), []).append(values)
-        for shape, group in product(self.shapes, groups.values()):
+        for shape, group in product((s.name for s in self.shapes.values() if not s.brief), groups.values()):
             # The other axes take values at random, so that the product meets all of them.
             chosen += islice(self._draws(group, {"shape": shape}, self.fast, chooser), 1)
         return self._cover(chosen, self.axes)
+
+    def _shared(self) -> list[Case]:
+        cases = (Case(shape, SHARED) for shape in self.shapes.values() if shape.brief)
+        return [case for case in cases if self.legal(case)]
 
     def _structures(self) -> list[dict[str, Any]]:
         """Values of the STRUCTURE axes with which some layout is legal."""
@@ -145,7 +163,7 @@ class Matrix:
         structures = self._structures()
         pairs = (((a, x), (b, y)) for a, b in combinations(axes, 2) for x in axes[a] for y in axes[b])
         covered: set[Pair] = set().union(*(case.pairs() for case in chosen))
-        missing = dict.fromkeys(pair for pair in pairs if pair not in covered)
+        missing = dict.fromkeys(pair for pair in pairs if pair not in covered and self.wants(pair))
         for pair in list(missing):
             if pair not in missing:
                 continue

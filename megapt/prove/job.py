@@ -20,7 +20,7 @@ from megapt.prove.small import SAMPLES
 from megapt.prove.trainer import Job, Report, plain, reference, run
 
 RANK_BYTES = 400 << 20  # memory of a rank with torch and DeepSpeed loaded, on Linux
-RESTART_AFTER = 64  # layouts after which ranks are started anew: process groups leave threads behind
+RESTART_AFTER = 24  # layouts after which ranks start anew: of each, threads stay that wake 100 times a second
 MICROS = [1, 2, 4, SAMPLES]  # cuts of the global batch in which rounding errors are measured
 
 FamilyKey = tuple[str, int, str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megapt.config import Config, ModelConfig
@@ -14,10 +14,14 @@ LAYERS = 4  # at least; as many as there are stages
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and all else of a configuration that decides what is computed, as a tree without a layout."""
+    """A model and all else of a configuration that decides what is computed, as a tree without a layout.
+
+    brief: whether it differs from others in its layers alone, so that fewer layouts do.
+    """
 
     name: str
     tree: dict[str, Any]
+    brief: bool = False
 
     @property
     def tied(self) -> bool:
@@ -25,10 +29,12 @@ class Shape:
 
 
 def small_model(model: ModelConfig) -> dict[str, Any]:
-    """The model's own norm, activation, positions, biases, ties and ratio of query to key/value heads, in small.
+    """The model's own norms, activation, positions, windows, biases, ties and ratio of query to key/value heads, in
+    small.
 
-    The weights are large enough that every part of the model matters: attention is not uniform, and soft-capped
-    logits reach the bend.
+    The weights are large enough that every part of the model matters: attention is not uniform, and what is soft-capped
+    reaches the bend. Windows are shorter than the sequence, and sequences longer than those that positions were made
+    for.
     """
     ratio = model.heads // model.num_kv_heads
     if model.num_kv_heads == 1:
@@ -41,11 +47,26 @@ def small_model(model: ModelConfig) -> dict[str, Any]:
     tree |= {"layers": LAYERS, "hidden": 32, "ffn": 48, "vocabulary": VOCABULARY, "max_sequence": 2 * SEQUENCE}
     tree |= {"heads": kv_heads * ratio, "kv_heads": kv_heads, "head_dim": 8 if kv_heads * ratio <= 8 else 4}
     tree["init_std"] = 0.2
+    tree |= {name: value for name, value in _BENDS.items() if tree[name] is not None}
+    if model.rotary_dim is not None:
+        tree["rotary_dim"] = max(2, tree["head_dim"] * model.rotary_dim // model.head_width // 2 * 2)
     if model.rope_scaling is not None:
-        tree["rope_scaling"]["original_sequence"] = SEQUENCE
-    if model.logit_softcap is not None:
-        tree["logit_softcap"] = 2.0
+        tree["rope_scaling"] = _small_scaling(tree["rope_scaling"], (tree["rotary_dim"] or tree["head_dim"]) // 2)
     return tree
+
+
+# Of what a small model sees: caps of which scores and logits go beyond, and windows within the sequence.
+_BENDS = {"logit_softcap": 2.0, "attention_softcap": 0.5, "window": 5}
+
+
+def _small_scaling(scaling: dict[str, Any], pairs: int) -> dict[str, Any]:
+    """The same for heads of which `pairs` pairs turn."""
+    small: dict[str, Any] = {"original_sequence": SEQUENCE if scaling["kind"] == "llama3" else SEQUENCE // 2}
+    for name in ("short_factors", "long_factors"):
+        factors = scaling[name]
+        if factors is not None:
+            small[name] = tuple(factors[index * len(factors) // pairs] for index in range(pairs))
+    return scaling | small
 
 
 def shape_of(name: str, config: Config) -> Shape:
@@ -84,7 +105,27 @@ def _built_in(name: str, documents: bool, **model: Any) -> Shape:
 
 def built_in() -> list[Shape]:
     """Llama (grouped heads, scaled rotary positions, gated; packed documents) and GPT-2 (tied, biases, learned
-    positions)."""
+    positions); and what other families do differently."""
     llama = {"kv_heads": 2, "rope_scaling": {"kind": "llama3", "factor": 4.0}}
     gpt2 = {"norm": "layer_norm", "activation": "gelu_tanh", "gated": False, "position": "learned", "bias": "all"}
-    return [_built_in("llama", True, **llama), _built_in("gpt2", False, **gpt2, tied_embeddings=True)]
+    return [_built_in("llama", True, **llama), _built_in("gpt2", False, **gpt2, tied_embeddings=True), *_families()]
+
+
+def _families() -> list[Shape]:
+    longrope = {"kind": "longrope", "factor": 4.0, "short_factors": [1.0] * 4, "long_factors": [1.0, 1.5, 2.0, 4.0]}
+    gemma2: dict[str, Any] = {"kv_heads": 2, "activation": "gelu_tanh", "tied_embeddings": True}
+    gemma2 |= {"norm_placement": "both", "norm_offset": True, "embedding_scale": 32**0.5, "logit_softcap": 30.0}
+    gemma2 |= {"window": 4096, "window_pattern": 2, "attention_softcap": 50.0, "attention_scale": 0.25}
+    neox: dict[str, Any] = {"norm": "layer_norm", "gated": False, "activation": "gelu", "bias": "all"}
+    neox |= {"parallel_residual": True, "rotary_dim": 2}
+    olmo2 = {"kv_heads": 2, "norm_placement": "after", "qk_norm": "whole", "rope_scaling": longrope}
+    qwen3 = {"kv_heads": 2, "qk_norm": "head", "rope_scaling": {"kind": "yarn", "factor": 4.0}}
+    mistral = {"kv_heads": 2, "window": 4096}
+    shapes = [
+        _built_in("gemma2", True, **gemma2),
+        _built_in("neox", False, **neox),
+        _built_in("olmo2", False, **olmo2),
+        _built_in("qwen3", True, **qwen3),
+        _built_in("mistral", False, **mistral),
+    ]
+    return [replace(shape, brief=True) for shape in shapes]

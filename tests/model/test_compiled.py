@@ -17,7 +17,7 @@ from megapt.model.decoder import DecoderChunk
 from megapt.parallel.pipeline.stages import build_chunks
 from megapt.parallel.tensor import TensorParallel
 from megapt.parameters import Parameter
-from tests.model.test_recompute import MODELS, POLICIES, SEQUENCE, batch_of
+from tests.model.test_recompute import FAMILIES, MODELS, POLICIES, SEQUENCE, batch_of
 
 ONE = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
 
@@ -29,7 +29,7 @@ def tree(model: dict[str, Any], compile: bool) -> dict[str, Any]:
 
 
 def chunk_of(model: str, layers: int, policy: str, compile: bool) -> tuple[DecoderChunk, list[Parameter]]:
-    config = from_tree(tree(MODELS[model] | {"layers": layers}, compile)).config
+    config = from_tree(tree((MODELS | FAMILIES)[model] | {"layers": layers}, compile)).config
     (chunk,), parameters = build_chunks(config, ONE, TensorParallel(ONE.tp), policies=[[policy] * layers])  # type: ignore
     return chunk, parameters
 
@@ -40,7 +40,7 @@ def gradients(model: str, layers: int, policy: str, compile: bool) -> dict[str, 
     return {p.spec.name: p.grad for p in parameters}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "gemma"])
 def test_compiled_layers_compute_the_same_and_are_compiled_once(model: str) -> None:
     torch._dynamo.reset()
     graphs: list[int] = []

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megapt.model import blocks, norms
+from megapt.mesh import Axis
+from megapt.model import blocks, compiled, norms
+from megapt.parallel.tensor import TensorParallel
 from tests.model.accuracy import assert_accurate, random
 
 # Some rows, one row, two columns.
@@ -15,7 +17,7 @@ SHAPES = [(700, 384), (1, 64), (33, 2)]
 
 
 def own(x: Tensor, weight: Tensor) -> Tensor:
-    return norms._CpuRMSNorm.apply(x, weight, 1e-5)
+    return norms._OwnRMSNorm.apply(x, weight, 1e-5)
 
 
 def plain(x: Tensor, weight: Tensor) -> Tensor:
@@ -54,3 +56,46 @@ def test_norm_in_blocks_is_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_ELEMENTS", 7 * 64)
     inputs = [random(30, 64, seed=1), random(64, seed=2)]
     assert_accurate(own, plain, inputs, random(30, 64, seed=3))
+
+
+def test_an_offset_is_added_before_anything_is_rounded() -> None:
+    """1 + weight: in bf16 the sum has fewer bits than the weight."""
+    x, weight = random(65, 96, seed=1), random(96, seed=2, scale=0.01)
+    upstream = random(65, 96, seed=3)
+    assert_accurate(
+        lambda x, w: norms._OwnRMSNorm.apply(x, w, 1e-5, 1.0),
+        lambda x, w: compiled.rms_norm(x, w, 1e-5, 1.0),
+        [x, weight],
+        upstream,
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w: norms._OwnRMSNorm.apply(x, w, 1e-5, 1.0), (x[:5].requires_grad_(), weight.requires_grad_())
+    )
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_queries_and_keys_are_normalised_and_values_are_not(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_ELEMENTS", 1000)  # several blocks of rows
+    heads, kv_heads, width = 4, 2, 8
+    sums = norms._Sums((heads, kv_heads), (heads, kv_heads), width, whole, True, TensorParallel(Axis(0, 1, None)))
+
+    def own(qkv: Tensor, weight: Tensor) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return norms._QKNorm.apply(qkv, weight.to(wide), 1e-5, sums)
+
+    def plain(qkv: Tensor, weight: Tensor) -> Tensor:
+        """By torch's own norm: of each head, or of all query heads and of all key heads."""
+        q, k, v = qkv.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
+        parts = []
+        for x, w in ((q, weight[:heads]), (k, weight[heads:])):
+            y = x if whole else x.unflatten(1, (-1, width))
+            parts.append(F.rms_norm(y, y.shape[-1:], eps=1e-5).view_as(x) * w.flatten())
+        return torch.cat([*parts, v], dim=1)
+
+    qkv, weight = random(50, 8 * width, seed=1), random(heads + kv_heads, width, seed=2)
+    assert_accurate(own, plain, [qkv, weight], random(50, 8 * width, seed=3))
+    torch.testing.assert_close(
+        compiled.qk_norm(qkv, weight, (heads, kv_heads), width, whole, 1e-5), plain(qkv, weight)
+    )
+    few = qkv[:4].clone().requires_grad_()
+    assert torch.autograd.gradcheck(own, (few, weight.requires_grad_()))

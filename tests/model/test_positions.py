@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapt.config import ModelConfig
+from megapt.config import ModelConfig, from_tree
+from megapt.errors import UserError
 from megapt.model.positions import rotary_table, rotate
 from tests.model.accuracy import assert_accurate, distance, random
 
@@ -70,3 +71,30 @@ def test_rotation_keeps_lengths_and_turns_back() -> None:
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert distance(rotate(turned, (cos, -sin)), x) < 1e-14
     assert torch.equal(turned[:, 0], x[:, 0]) and distance(turned, x) > 0.1
+
+
+def test_what_is_wider_than_the_table_does_not_turn() -> None:
+    partial = model(None).model_copy(update={"rotary_dim": 16})
+    table = rotary_table(partial, 5, torch.device("cpu"), torch.float64)
+    x = random(1, 5, 2, 64, seed=1)
+    turned = rotate(x, table)
+    assert table[0].shape == (5, 1, 8) and torch.equal(turned[..., 16:], x[..., 16:])
+    torch.testing.assert_close(turned[..., :16], plain(x[..., :16], *table))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, table), random(1, 5, 1, 20, seed=2).requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "scaling, complaint",
+    [
+        ({"kind": "linear", "beta_fast": 16.0}, "beta_fast: has no effect on kind = linear: it belongs to yarn"),
+        ({"kind": "llama3", "attention_factor": 1.2}, "attention_factor: has no effect on kind = llama3"),
+        ({"kind": "yarn", "low_frequency_factor": 2.0}, "low_frequency_factor: has no effect on kind = yarn"),
+        ({"kind": "yarn", "beta_fast": 1.0}, "beta_fast: 1.0 must be above model.rope_scaling.beta_slow = 1.0"),
+    ],
+)
+def test_what_a_scaling_does_not_read_is_refused(scaling: dict[str, Any], complaint: str) -> None:
+    tree = {"layers": 1, "hidden": 64, "heads": 2, "ffn": 4, "vocabulary": 8, "rope_scaling": {"factor": 2.0} | scaling}
+    run = {"data": {"train": "x"}, "train": {"steps": 1}, "batch": {"sequence": 8, "samples": 1}}
+    with pytest.raises(UserError) as refused:
+        from_tree(run | {"model": tree})
+    assert complaint in str(refused.value)

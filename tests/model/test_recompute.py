@@ -24,6 +24,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": SIZES,
     "gpt2": SIZES | {"norm": "layer_norm", "gated": False, "activation": "gelu", "position": "learned", "bias": "all"},
 }
+# What other families do differently, as much of it as goes together.
+ROPE = {"kind": "longrope", "factor": 2.0, "original_sequence": 8, "short_factors": [1.0], "long_factors": [2.0]}
+GEMMA = {"norm_placement": "both", "norm_offset": True, "qk_norm": "head", "embedding_scale": 5.7, "window": 5}
+GEMMA |= {"window_pattern": 2, "attention_scale": 0.3, "attention_softcap": 1.0, "rotary_dim": 2, "rope_scaling": ROPE}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": SIZES | GEMMA,
+    "olmo": SIZES | {"norm_placement": "after", "qk_norm": "whole", "window": 5},
+    "neox": SIZES | {"parallel_residual": True, "norm": "layer_norm", "gated": False, "bias": "all"},
+}
 POLICIES = ("none", "selective", "full")
 
 
@@ -49,7 +58,7 @@ def gradients(
     model: str, precision: str, policy: str, split: bool = False, documents: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and what two micro-batches' backwards leave in every parameter."""
-    chunk, parameters, tp = chunk_of(MODELS[model], precision, policy)
+    chunk, parameters, tp = chunk_of((MODELS | FAMILIES)[model], precision, policy)
     for _ in range(2):
         loss = chunk(None, batch_of(documents))
         if not split:
@@ -63,7 +72,7 @@ def gradients(
     return loss.detach(), {p.spec.name: p.grad for p in parameters}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, *FAMILIES])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("documents", [False, True])
 def test_every_policy_and_a_divided_backward_give_the_same_bits(model: str, precision: str, documents: bool) -> None:

@@ -17,7 +17,7 @@ from megapt.prove.trainer import Job, run
 from megapt.prove.why import explain
 from tests.prove import bugs
 
-LLAMA, GPT2 = built_in()
+LLAMA, GPT2 = built_in()[:2]
 
 # bug, model, layout in which it shows, the first operation that differs, its cause
 BUGS = [

@@ -49,7 +49,7 @@ def split_layers(config: Config) -> list[range]:
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def _balanced(costs: tuple[float, ...], stages: int, head: float, where: Placement) -> list[int]:
     return balance(costs, stages, last_cost=head, placement=where)
 
