@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -26,10 +27,9 @@ from megapt.rules import check_world
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megapt.checkpoint.upkeep import Upkeep
     from megapt.engine import Engine
     from megapt.mesh import ParallelMesh
-
-CHECKPOINTS = "checkpoints"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,8 +68,10 @@ def _parse(arguments: Sequence[str]) -> Loaded:
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--local_rank", type=int, help="set by the launcher; LOCAL_RANK counts")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    parser.add_argument("--from-scratch", action="store_true", help="fresh weights where checkpoint.load is missing")
     options = parser.parse_intermixed_args(list(arguments))
-    return load(options.config, options.overrides)
+    scratch = ["checkpoint.from_scratch=true"] if options.from_scratch else []
+    return load(options.config, [*options.overrides, *scratch])
 
 
 @dataclass(frozen=True)
@@ -168,34 +170,68 @@ class Training:
         self.step, self.skipped = 0, 0
         self.receipt = Receipt.of(plan.train)
         dp, batch, data = engine.mesh.dp, self.config.batch, self.config.data
-        self.loader = StepLoader(
-            plan.train, plan.batches, batch.micro, dp.rank, dp.size, data.prefetch, data.workers
-        )
+        self.loader = StepLoader(plan.train, plan.batches, batch.micro, dp.rank, dp.size, data.prefetch, data.workers)
         self.unwritten: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.validation: dict[str, Any] | None = None  # step and loss of the newest one
+        self.upkeep = self._make_upkeep()
 
     # Starting
 
     def start(self) -> None:
         """Resume the newest checkpoint of the run folder, else start from given weights or fresh ones. Collective."""
         from megapt import checkpoint
+        from megapt.checkpoint.upkeep import newest
+        from megapt.monitor.progress import emit
 
-        together = self._together()
-        newest = checkpoint.choose(self.engine.mesh, lambda: checkpoint.find_latest(self.folder / CHECKPOINTS))
+        together, given = self._together(), self.config.checkpoint
+        found = checkpoint.choose(self.engine.mesh, lambda: newest(self.upkeep.places))
         origin = "fresh weights"
-        if newest is not None:
-            self._resume(newest)
-            origin = f"resumed from {newest}"
-        elif (given := self.config.checkpoint.load) is not None:
-            source = checkpoint.choose(self.engine.mesh, lambda: checkpoint.resolve(given))
-            assert source is not None
-            self._load(source, weights_only=True)
-            origin = f"weights of {source}"
+        if found is not None:
+            self._resume(found)
+            origin = f"resumed from {found}"
+        elif (source := checkpoint.choose(self.engine.mesh, self._given)) is not None:
+            self._load(source, weights_only=not given.load_optimizer)
+            origin = f"weights {'and moments ' if given.load_optimizer else ''}of {source}"
+        elif given.load is not None and self.leader:
+            emit(f"WARNING: fresh weights: checkpoint.load = {given.load} does not exist")
         # The loader would meet token ids that the model does not know only once the run folder exists.
         together.run(lambda: self.loader.step(min(self.step, self.plan.steps - 1)))
         together.agree()
         if self.leader:
             together.run(lambda: self._open_run_folder(origin))
         together.agree()
+        self.upkeep.reserve(self.engine.backend.fragments())
+
+    def _given(self) -> Path | None:
+        """The checkpoint to start from, if any; only with `from_scratch` may it be missing."""
+        from megapt import checkpoint
+
+        given = self.config.checkpoint
+        if given.load is None or given.from_scratch and not Path(given.load).exists():
+            return None
+        try:
+            return checkpoint.resolve(given.load)
+        except UserError as error:
+            if Path(given.load).exists():
+                raise
+            raise UserError(f"{error}; --from-scratch would start from fresh weights instead") from None
+
+    def _make_upkeep(self) -> Upkeep:
+        from megapt.checkpoint.upkeep import Upkeep
+        from megapt.model.table import parameter_table
+        from megapt.monitor.progress import emit
+
+        mesh, config = self.engine.mesh, self.config.checkpoint
+        agreement = _StopAgreement(mesh) if config.asynchronous else None
+        return Upkeep(
+            config,
+            self.folder,
+            mesh,
+            parameter_table(self.config.model),
+            say=emit,
+            measure=lambda step, figures: self.metrics.log(step, **figures),
+            agree=agreement.agreed if agreement is not None else lambda reason: False,
+        )
 
     def _together(self) -> Any:
         from megapt.checkpoint.together import Together
@@ -217,6 +253,7 @@ class Training:
         together.run(lambda: self._check_receipt(source, meta))
         together.agree()
         self.step, self.skipped, self.receipt = meta["step"], meta["skipped"], Receipt.from_dict(meta["receipt"])
+        self.validation = meta.get("validation")
 
     def _check_receipt(self, source: Path, meta: dict[str, Any]) -> None:
         receipt = Receipt.from_dict(meta["receipt"])
@@ -240,7 +277,9 @@ class Training:
         config, mesh = self.config, self.engine.mesh
         layout = {"pipeline": mesh.pp.size, "data": mesh.dp.size, "tensor": mesh.tp.size}
         self.run_folder = RunFolder(self.folder)  # kept, since it holds the folder's lock
+        self._warn_of_lost_steps()
         self.metrics = Metrics(self.folder, config.run.tensorboard, self.step + 1)
+        self.upkeep.claim()
         machines = describe_environment(device=str(mesh.device), world_size=mesh.world, layout=layout)
         self.run_folder.record(dump(config), machines)
         given = config.run.peak_tflops
@@ -269,6 +308,22 @@ class Training:
         if len(self.plan.train.sources) > 1:
             print_sources(self.plan.train, self.plan.batches.first_sample(self.plan.steps))
 
+    def _warn_of_lost_steps(self) -> None:
+        """Someone who expects a run to go on must see that it begins again."""
+        from megapt.checkpoint.upkeep import leftovers
+        from megapt.monitor.metrics import FILE_NAME, read_metrics
+        from megapt.monitor.progress import emit
+
+        if self.step > 0:
+            return
+        metrics = self.folder / FILE_NAME
+        reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
+        torn = leftovers(self.upkeep.places)
+        if reached or torn:
+            traces = [f"metrics up to step {reached}"] * bool(reached)
+            traces += [f"checkpoints that were never committed ({', '.join(torn)})"] * bool(torn)
+            emit(f"WARNING: fresh weights: {self.folder} has {' and '.join(traces)}, but no committed checkpoint")
+
     # The loop
 
     def run(self) -> None:
@@ -292,7 +347,7 @@ class Training:
 
             last = self.step == self.plan.steps
             validating = last or self._due(config.train.validate_every)
-            saving = last or stopping or self._due(config.checkpoint.every)
+            saving = last or stopping or self.upkeep.due(self.step)
             if saving or self._due(config.run.log_every):
                 now = time.perf_counter()
                 self._log(lr, now - interval_start, self.step - interval_step)
@@ -301,12 +356,15 @@ class Training:
                 self._validate()
             if saving:
                 self._save(final=last or stopping)
+            else:
+                self.upkeep.watch(self.step)
             if validating or saving:
                 interval_start = time.perf_counter()
             if stopping:
                 if self.leader:
                     print(f"stopped at step {self.step}: {self.stop_reason() or 'asked for on another rank'}; saved")
                 break
+        self.upkeep.close()
         self.loader.close()
         if self.leader:
             self.metrics.close()
@@ -383,15 +441,11 @@ class Training:
             scalars = {f"valid_loss/{name}": loss for name, loss in losses.items()}
         emit(f"step {self.step}/{self.plan.steps} | validation loss {overall:.4f}{parts} over {samples} samples")
         self.metrics.log(self.step, valid_loss=overall, valid_samples=samples, **scalars)
+        self.validation = {"step": self.step, "loss": overall} if math.isfinite(overall) else None
 
     def _save(self, final: bool) -> None:
-        """Write a checkpoint. Collective. A failure leaves older ones whole and, unless it was the final one, training
-        going."""
-        from megapt import checkpoint
-        from megapt.model.table import parameter_table
-        from megapt.monitor.progress import emit
-
-        engine, folder = self.engine, self.folder / CHECKPOINTS
+        """Write a checkpoint, or start to. Collective."""
+        engine = self.engine
         self.beat(self.step, "saving")
         if self.leader:
             self.metrics.flush()
@@ -400,26 +454,11 @@ class Training:
             "updates": engine.backend.updates,
             "scalars": engine.backend.scalars(),
             "skipped": self.skipped,
+            "validation": self.validation,
             "receipt": self.receipt.to_dict(),
             "config": self.config.model_dump(),
         }
-        started = time.perf_counter()
-        try:
-            path = checkpoint.save(
-                folder, self.step, engine.backend.fragments(), engine.mesh, meta, parameter_table(self.config.model)
-            )
-        except UserError as error:
-            if final:
-                raise
-            if self.leader:
-                emit(f"WARNING: {error}; training goes on, the next checkpoint is tried when it is due")
-            return
-        if self.leader:
-            emit(f"step {self.step}/{self.plan.steps} | saved {path} in {time.perf_counter() - started:.1f} s")
-            try:
-                checkpoint.retain(folder, self.config.checkpoint.keep)
-            except OSError as error:
-                emit(f"WARNING: older checkpoints in {folder} could not be removed and take up space: {error}")
+        self.upkeep.save(self.step, engine.backend.fragments(), meta, final)
 
 
 class _StopAgreement:

@@ -1,4 +1,4 @@
-"""Where checkpoints stand on disk, which of them exist, and which are kept.
+"""Where checkpoints stand on disk, and which of them exist.
 
 A checkpoint is a folder `step-00000120`. It exists once it holds the marker file `COMMITTED`; before that it
 is a hidden folder `.step-00000120.partial`, or torn. No file points at the newest one: the folder is scanned,
@@ -34,7 +34,7 @@ def is_committed(path: Path) -> bool:
 
 def committed(folder: str | Path) -> list[Path]:
     """The committed checkpoints in a checkpoints folder, lowest step first; empty without such a folder."""
-    return sorted((path for path in _steps(Path(folder)) if is_committed(path)), key=_step)
+    return sorted((path for path in _steps(Path(folder)) if is_committed(path)), key=step_of)
 
 
 def find_latest(folder: str | Path) -> Path | None:
@@ -62,36 +62,46 @@ def resolve(path: str | Path) -> Path:
     latest = find_latest(folder)
     if latest is not None:
         return latest
-    torn = [p.name for p in [*_steps(folder), *_partials(folder)]]
+    cut = torn(folder)
     raise UserError(
         f"{folder} holds no committed checkpoint"
-        + (f"; cut short while being saved, not to be loaded: {', '.join(sorted(torn))}" if torn else "")
+        + (f"; cut short while being saved, not to be loaded: {', '.join(cut)}" if cut else "")
     )
 
 
-def retain(folder: str | Path, keep: int) -> list[Path]:
-    """Remove committed checkpoints older than the newest `keep`, and what interrupted saves left behind.
-
-    Not collective: rank 0 calls it, after a save, while none is under way. Returns the removed paths.
-    """
-    if keep < 1:
-        raise UserError(f"{keep} checkpoints cannot be kept; the newest one always stays: keep at least 1")
-    folder = Path(folder)
-    removed = list(_partials(folder))
-    for path in committed(folder)[:-keep]:
-        # Renamed first: a removal cut short must not leave a committed checkpoint with missing files.
-        hidden = partial_folder(folder, _step(path))
-        if hidden.exists():
-            shutil.rmtree(hidden)
-        path.rename(hidden)
-        sync_folder(folder)
-        removed.append(path)
-    for hidden in _partials(folder):
-        shutil.rmtree(hidden)
-    return removed
+def torn(folder: Path) -> list[str]:
+    """Names of the checkpoints there that were never committed."""
+    return sorted(path.name for path in [*_steps(folder), *_partials(folder)] if not is_committed(path))
 
 
-def _step(path: Path) -> int:
+def clear_partials(folder: Path) -> list[Path]:
+    """Remove what interrupted saves and removals left behind; for rank 0, while no save is under way."""
+    found = _partials(folder)
+    for hidden in found:
+        _delete(hidden)
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove a committed checkpoint. Renamed first: a removal cut short must not leave one with missing files."""
+    hidden = partial_folder(path.parent, step_of(path))
+    if hidden.exists():
+        _delete(hidden)
+    path.rename(hidden)
+    sync_folder(path.parent)
+    _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    """A folder with all it holds; of a link to one, only the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def step_of(path: Path) -> int:
+    """The step that a step folder's name says."""
     match = _STEP.fullmatch(path.name)
     assert match
     return int(match.group(1))

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
 from megapt.checkpoint.choice import choose
 from megapt.checkpoint.folders import resolve
 from megapt.checkpoint.index import Index, Slice, read_index
-from megapt.checkpoint.tensorfile import DTYPES, checksum
+from megapt.checkpoint.rectangles import Numbers, targets, valid_end
+from megapt.checkpoint.stored import Damaged, StoredFile
+from megapt.checkpoint.tensorfile import DTYPES, raw_bytes
 from megapt.checkpoint.together import Together
 from megapt.config import ModelConfig
 from megapt.errors import UserError
-from megapt.mesh import ParallelMesh
+from megapt.mesh import Axis, ParallelMesh
 from megapt.model.table import parameter_table
-from megapt.parameters import ParameterTable, Shard
+from megapt.parameters import ParameterTable
 from megapt.zero.base import Fragment
 
 _CONVERTIBLE = (torch.float32, torch.float64)
-_OPEN_FILES = 32
+_OPEN_FILES = 128
+_BLOCK = 4 << 20  # bytes read at a time where they cannot go straight to their place
+THREADS = 4  # reading, checksums and copies all let other threads run
+
+Wanted = tuple[Tensor, tuple[slice, ...]]  # where to, and which part of a slice
 
 
 class Reader:
-    """Reads rectangles of global tensors from the memory-mapped files of one checkpoint.
+    """Reads rectangles of global tensors from the files of one checkpoint. Threads may share it.
 
     With `verify`, a slice's checksum is compared the first time it is touched. Raises UserError naming file
     and tensor where something is damaged.
@@ -38,7 +49,9 @@ class Reader:
         self.folder = folder
         self.index = index
         self.verify = verify
-        self._files: OrderedDict[str, Any] = OrderedDict()
+        self._files: OrderedDict[str, StoredFile] = OrderedDict()
+        self._lock = threading.Lock()
+        self._bounds: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._verified: set[tuple[str, str]] = set()
 
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
@@ -46,17 +59,25 @@ class Reader:
 
     def fill(self, name: str, kind: str, out: Tensor, offset: Sequence[int]) -> None:
         """Copy the rectangle at `offset` of the shape of `out` from the global tensor."""
+        self.fill_parts(name, kind, [(out, tuple(offset))])
+
+    def fill_parts(self, name: str, kind: str, parts: Sequence[tuple[Tensor, Numbers]]) -> int:
+        """Copy several rectangles, each with its offset; every slice is read once. Returns the elements copied."""
+        slices = self.index.tensors[name].kinds[kind].slices
+        wanted: dict[int, list[Wanted]] = {}
         filled = 0
-        for part in self.index.tensors[name].kinds[kind].slices:
-            spans = part.overlap(tuple(offset), tuple(out.shape))
-            if spans is None:
-                continue
-            there = tuple(slice(a - o, b - o) for (a, b), o in zip(spans, part.offset, strict=True))
-            here = tuple(slice(a - o, b - o) for (a, b), o in zip(spans, offset, strict=True))
-            piece = self._slice(name, kind, part)[there]
-            out[here].copy_(piece)
-            filled += piece.numel()
-        assert filled == out.numel(), f"{kind} of {name}: {filled} of {out.numel()} elements found"
+        for out, offset in parts:
+            begin, end = np.array(offset, np.int64), np.add(offset, out.shape, dtype=np.int64)
+            starts, stops = self._corners(name, kind)
+            for number in np.flatnonzero(((starts < end) & (stops > begin)).all(1)).tolist():
+                low, high = np.maximum(starts[number], begin), np.minimum(stops[number], end)
+                here = out[_spans(low - begin, high - begin)]
+                wanted.setdefault(number, []).append((here, _spans(low - starts[number], high - starts[number])))
+                filled += here.numel()
+        assert filled == sum(out.numel() for out, _ in parts), f"{kind} of {name}: only {filled} elements found"
+        for number in sorted(wanted):
+            self._take(name, kind, slices[number], wanted[number])
+        return filled
 
     def whole(self, name: str, kind: str = "weight") -> Tensor:
         """A global tensor on the CPU, in the stored dtype."""
@@ -65,34 +86,86 @@ class Reader:
         self.fill(name, kind, out, [0] * len(shape))
         return out
 
-    def _slice(self, name: str, kind: str, part: Slice) -> Tensor:
-        """A slice as a view of the mapped file: only pages that are touched are read."""
-        from safetensors import SafetensorError
+    def check(self, name: str, kind: str, part: Slice) -> None:
+        """Compare the checksum of a slice; UserError naming file and tensor if it is damaged."""
+        self._take(name, kind, part, [], check=True)
 
+    def _corners(self, name: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Begins and ends of all slices, int64 [slices, dimensions]: a tensor may be in thousands."""
+        if (name, kind) not in self._bounds:
+            tensor = self.index.tensors[name]
+            shape = (len(tensor.kinds[kind].slices), len(tensor.shape))
+            starts = np.array([s.offset for s in tensor.kinds[kind].slices], np.int64).reshape(shape)
+            sizes = np.array([s.shape for s in tensor.kinds[kind].slices], np.int64).reshape(shape)
+            self._bounds[name, kind] = starts, starts + sizes
+        return self._bounds[name, kind]
+
+    def _take(self, name: str, kind: str, part: Slice, wanted: list[Wanted], check: bool = False) -> None:
+        """Copy parts of a slice; all of it is read where its checksum is still to be compared."""
+        check = check or self.verify and (part.file, part.key) not in self._verified
         try:
-            tensor: Tensor = self._open(part.file).get_tensor(part.key)
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(name, kind, part, str(error)) from None
-        if tuple(tensor.shape) != part.shape or tensor.dtype != self.dtype(name, kind):
-            raise self._damaged(name, kind, part, f"it holds {tensor.dtype} {list(tensor.shape)}")
-        if self.verify and (part.file, part.key) not in self._verified:
-            if (found := checksum(tensor)) != part.checksum:
-                raise self._damaged(name, kind, part, f"its checksum is {found}, not {part.checksum}")
+            file = self._open(part.file)
+            if part.key not in file.tensors:
+                raise Damaged(f"it holds no {part.key}")
+            stored, dtype = file.tensors[part.key], self.index.tensors[name].kinds[kind].dtype
+            if (stored.dtype, stored.shape) != (dtype, part.shape):
+                raise Damaged(f"it holds {stored.dtype} {list(stored.shape)}, not {dtype} {list(part.shape)}")
+            if len(wanted) == 1 and _straight(wanted[0][0], part.shape, DTYPES[dtype]):
+                crc = file.read(raw_bytes(wanted[0][0]), stored.begin)
+            else:
+                crc = _read_blocks(file, stored.begin, part.shape, DTYPES[dtype], wanted, everything=check)
+            if check and (found := f"crc32:{crc:08x}") != part.checksum:
+                raise Damaged(f"its checksum is {found}, not {part.checksum}")
+        except Damaged as error:
+            raise UserError(f"{self.folder} is damaged: {part.file}, {kind} of {name}: {error}") from None
+        if check:
             self._verified.add((part.file, part.key))
-        return tensor
 
-    def _open(self, name: str) -> Any:
-        from safetensors import safe_open
+    def _open(self, name: str) -> StoredFile:
+        with self._lock:
+            if name not in self._files:
+                if len(self._files) >= _OPEN_FILES:
+                    self._files.popitem(last=False)  # closed once no thread reads it any more
+                self._files[name] = StoredFile(self.folder, name, self.index.files[name])
+            self._files.move_to_end(name)
+            return self._files[name]
 
-        if name not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                self._files.popitem(last=False)
-            self._files[name] = safe_open(str(self.folder / name), framework="pt")
-        self._files.move_to_end(name)
-        return self._files[name]
 
-    def _damaged(self, name: str, kind: str, part: Slice, why: str) -> UserError:
-        return UserError(f"{self.folder} is damaged: {part.file}, {kind} of {name}: {why}")
+def _spans(begins: np.ndarray, ends: np.ndarray) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in zip(begins.tolist(), ends.tolist(), strict=True))
+
+
+def _straight(out: Tensor, shape: Numbers, dtype: torch.dtype) -> bool:
+    """Whether a slice's bytes can be read right into a tensor."""
+    return out.shape == shape and out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
+
+
+def _read_blocks(
+    file: StoredFile, begin: int, shape: Numbers, dtype: torch.dtype, wanted: list[Wanted], everything: bool
+) -> int:
+    """Read a slice in blocks of rows and copy what is wanted of each; returns the CRC-32 of what was read.
+
+    Without `everything` only the rows from the first to the last one wanted are read.
+    """
+    if not shape:
+        shape, wanted = (1,), [(out.view(1), (slice(0, 1),)) for out, _ in wanted]
+    width = int(torch.Size(shape[1:]).numel()) * dtype.itemsize
+    low, high = 0, shape[0]
+    if not everything:
+        low, high = min(there[0].start for _, there in wanted), max(there[0].stop for _, there in wanted)
+    step = max(1, min(_BLOCK // max(width, 1), high - low))
+    buffer = torch.empty(step * width, dtype=torch.uint8)
+    data, crc = raw_bytes(buffer), 0
+    for row in range(low, high, step):
+        stop = min(row + step, high)
+        crc = file.read(data[: (stop - row) * width], begin + row * width, crc)
+        block = buffer[: (stop - row) * width].view(dtype).view(stop - row, *shape[1:])
+        for out, there in wanted:
+            first, last = max(there[0].start, row), min(there[0].stop, stop)
+            if first < last:
+                rows = block[first - row : last - row]
+                out[first - there[0].start : last - there[0].start].copy_(rows[(slice(None), *there[1:])])
+    return crc
 
 
 def load(
@@ -102,13 +175,16 @@ def load(
     model: ModelConfig,
     weights_only: bool = False,
     verify: bool = True,
+    complete: bool = True,
 ) -> dict[str, Any]:
     """Collective: fill this rank's fragments in place, whatever layout they were saved in; returns the meta.
 
     path: whatever `resolve` accepts, as rank 0 sees it; model: must be the checkpoint's, in names and shapes and
-    in every setting that changes what is computed; weights_only: leave the moments as they are. fp32 and fp64 convert
-    into each other (rounding to nearest), other dtypes must agree; padding becomes zero. Raises AgreedError: before
-    anything is filled if the model does not agree, while filling if a file turns out to be damaged.
+    in every setting that changes what is computed; weights_only: leave the moments as they are; complete: the fragments
+    of all ranks must hold every element of the model, which is counted after the filling. fp32 and fp64 convert into
+    each other (rounding to nearest), other dtypes must agree; padding becomes zero. Raises AgreedError: before anything
+    is filled if the model does not agree, while filling if a file turns out to be damaged, afterwards if a parameter
+    was not filled.
     """
     together = Together(mesh)
     own = list(fragments)
@@ -117,8 +193,13 @@ def load(
     reader = together.run(lambda: _checked_reader(folder, own, mesh, model, weights_only, verify))
     together.agree()
     assert reader is not None
-    together.run(lambda: _fill_all(reader, own, weights_only))
+    filled = together.run(lambda: _fill_all(reader, own, weights_only))
     together.agree()
+    if complete:
+        spans = _gather(mesh.dp, filled or [])
+        names = _gather(mesh.pp, [name for _, name, *_ in spans])
+        together.run(lambda: _check_complete(folder, spans, set(names), model))
+        together.agree()
     return reader.index.meta
 
 
@@ -147,12 +228,21 @@ def model_config(path: str | Path) -> ModelConfig:
 
 
 def stored_model(folder: Path, index: Index) -> ModelConfig:
+    """The model in a checkpoint's meta; UserError where there is none, or where the tensors are another model's."""
+    model = _model_in(folder, index)
+    if problems := _differences(index, parameter_table(model)):
+        raise UserError(f"the tensors of {folder} are not those of its config.model:\n" + "\n".join(problems))
+    return model
+
+
+def _model_in(folder: Path, index: Index) -> ModelConfig:
     try:
         return ModelConfig.model_validate(index.meta["config"]["model"])
     except (KeyError, TypeError):
         raise UserError(f"{folder} does not say which model it holds: its meta has no config.model") from None
     except ValidationError as error:
-        raise UserError(f"{folder} holds a model that this version does not know: {error}") from None
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+        raise UserError(f"{folder} holds a model that this version does not know: {wrong}") from None
 
 
 def _checked_reader(
@@ -164,7 +254,9 @@ def _checked_reader(
     verify: bool,
 ) -> Reader:
     index = read_index(folder, files=mesh.rank == 0)  # the sizes of thousands of files are asked for once
-    problems = [*_other_settings(stored_model(folder, index), model), *_differences(index, parameter_table(model))]
+    problems = _differences(index, parameter_table(model))
+    if other := different_settings(_model_in(folder, index), model):
+        problems.insert(0, f"of another setting: {', '.join(other)}")
     if problems:
         raise UserError(f"{folder} does not hold this model:\n" + "\n".join(problems))
     reader = Reader(folder, index, verify)
@@ -185,17 +277,17 @@ def _checked_reader(
 
 def _trained(index: Index) -> str:
     """By which optimizer, where the checkpoint says so: each has state of its own."""
-    kind = index.meta["config"].get("optimizer", {}).get("kind")
-    return f": it was trained with optimizer.kind = {kind}" if kind else ""
+    section = index.meta["config"].get("optimizer")
+    kind = section.get("kind") if isinstance(section, dict) else None
+    return f": it was trained with optimizer.kind = {kind}" if isinstance(kind, str) else ""
 
 
-def _other_settings(stored: ModelConfig, model: ModelConfig) -> list[str]:
+def different_settings(stored: ModelConfig, model: ModelConfig) -> list[str]:
     """Weights of equal shapes are another model's where, say, the heads or the rotary base differ."""
     theirs, ours = _settings(stored), _settings(model)
     if stored.position == model.position == "rope":
         del theirs["max_sequence"], ours["max_sequence"]  # no weight and no number depends on it
-    found = [f"model.{key} (stored {theirs[key]}, given {ours[key]})" for key in ours if theirs[key] != ours[key]]
-    return [f"of another setting: {', '.join(found)}"] if found else []
+    return [f"model.{key} (stored {theirs[key]}, given {ours[key]})" for key in ours if theirs[key] != ours[key]]
 
 
 def _settings(model: ModelConfig) -> dict[str, Any]:
@@ -205,7 +297,7 @@ def _settings(model: ModelConfig) -> dict[str, Any]:
 
 def _differences(index: Index, table: ParameterTable) -> list[str]:
     wanted = {name: spec.shape for name, spec in table.items() if spec.tied_to is None}
-    stored = {name: tensor.shape for name, tensor in index.tensors.items()}
+    stored = {name: tensor.shape for name, tensor in index.tensors.items() if "weight" in tensor.kinds}
     missing = [name for name in wanted if name not in stored]
     surplus = [name for name in stored if name not in wanted]
     shapes = [
@@ -227,32 +319,53 @@ def _targets(fragment: Fragment, weights_only: bool) -> Iterator[tuple[str, Tens
     return ((kind, view) for kind, view in fragment.tensors.items() if kind == "weight" or not weights_only)
 
 
-def _fill_all(reader: Reader, fragments: list[Fragment], weights_only: bool) -> None:
-    with torch.no_grad():
-        for fragment in fragments:
-            for kind, view in _targets(fragment, weights_only):
-                if fragment.numel:
-                    _fill(reader, _stored_name(fragment), kind, fragment, view)
+Filled = tuple[str, str, int, int, int]  # kind, name, start, stop, end of what counts of the flattened shard
 
 
-def _fill(reader: Reader, name: str, kind: str, fragment: Fragment, view: Tensor) -> None:
-    """Read the block of rows of the local shard in which the fragment lies, and take the fragment out."""
+def _fill_all(reader: Reader, fragments: list[Fragment], weights_only: bool) -> list[Filled]:
+    """What was filled, once it is."""
+    work = [
+        functools.partial(_fill, reader, kind, fragment, view)
+        for fragment in fragments
+        for kind, view in _targets(fragment, weights_only)
+        if fragment.numel
+    ]
+    with ThreadPoolExecutor(THREADS, "checkpoint-load") as pool:
+        return list(pool.map(lambda job: job(), work))
+
+
+@torch.no_grad()  # which every thread has for itself
+def _fill(reader: Reader, kind: str, fragment: Fragment, view: Tensor) -> Filled:
     shard = fragment.parameter.shard
-    inner = int(torch.Size(shard.shape[1:]).numel())
-    first, last = fragment.start // inner, -(-(fragment.start + fragment.numel) // inner)
-    rows = torch.zeros(last - first, *shard.shape[1:], dtype=reader.dtype(name, kind))
-    valid, offset = _valid_rows(rows, shard, first)
-    if valid.numel():
-        reader.fill(name, kind, valid, offset)
-    begin = fragment.start - first * inner
-    view.copy_(rows.flatten()[begin : begin + fragment.numel])
+    parts = targets(view, shard, fragment.start)
+    filled = reader.fill_parts(_stored_name(fragment), kind, parts)
+    assert filled == sum(part.numel() for part, _ in parts)
+    return kind, fragment.parameter.spec.name, fragment.start, fragment.start + fragment.numel, valid_end(shard)
 
 
-def _valid_rows(rows: Tensor, shard: Shard, first: int) -> tuple[Tensor, list[int]]:
-    """The part of local rows [first, first + len(rows)) that is not padding, and its offset globally."""
-    offset = [0] * rows.dim()
-    if shard.dim == 0:
-        offset[0] = shard.start + first
-        return rows[: max(0, shard.length - first)], offset
-    offset[0], offset[shard.dim] = first, shard.start
-    return rows.narrow(shard.dim, 0, shard.length), offset
+def _gather(axis: Axis, own: list[Any]) -> list[Any]:
+    """Collective over an axis: everything that its ranks have."""
+    if axis.size == 1:
+        return own
+    everything: list[Any] = [None] * axis.size
+    dist.all_gather_object(everything, own, group=axis.group)
+    return [one for part in everything for one in part]
+
+
+def _check_complete(folder: Path, spans: list[Filled], names: set[str], model: ModelConfig) -> None:
+    """Every parameter of the model is on some stage; of those of this stage, every element was filled on some rank."""
+    table = parameter_table(model)
+    problems = [name for name, spec in table.items() if spec.tied_to is None and name not in names]
+    reached: dict[tuple[str, str], int] = {}
+    ends: dict[tuple[str, str], int] = {}
+    for kind, name, start, stop, end in sorted(spans, key=lambda span: span[2]):
+        ends[kind, name] = end
+        if start <= reached.get((kind, name), 0):
+            reached[kind, name] = max(reached.get((kind, name), 0), stop)
+    problems += [
+        f"{kind} of {name} from element {reached.get((kind, name), 0)} on"
+        for (kind, name), end in ends.items()
+        if reached.get((kind, name), 0) < end
+    ]
+    if problems:
+        raise UserError(f"loading {folder} left parts of the model as they were: {', '.join(problems)}")

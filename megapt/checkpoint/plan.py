@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from megapt.checkpoint.tensorfile import Slot
+from megapt.checkpoint.written import Rectangle
 from megapt.errors import UserError
 from megapt.parameters import Shard
 
@@ -33,22 +33,14 @@ class Piece:
 class Item:
     """A rectangle to be written: by which dp rank, from which (dp rank, start, stop) of the flat shard."""
 
-    name: str
-    kind: str
-    dtype: str
-    shape: tuple[int, ...]
+    rectangle: Rectangle
     shard: Shard
     writer: int
     sources: tuple[tuple[int, int, int], ...]
 
     @property
-    def offset(self) -> tuple[int, ...]:
-        return tuple(s.start for s in self.shard.slices())
-
-    @property
-    def slot(self) -> Slot:
-        valid = tuple(s.stop - s.start for s in self.shard.slices())
-        return Slot(f"{self.kind}/{self.name}", self.dtype, valid)
+    def key(self) -> tuple[str, str]:
+        return self.rectangle.name, self.rectangle.kind
 
 
 def plan(pieces: Sequence[Sequence[Piece]]) -> list[Item]:
@@ -78,8 +70,13 @@ def plan(pieces: Sequence[Sequence[Piece]]) -> list[Item]:
 
 
 def _nbytes(piece: Piece) -> int:
-    slot = Item(piece.name, piece.kind, piece.dtype, piece.shape, piece.shard, 0, ()).slot
-    return slot.nbytes
+    return _rectangle(piece).slot.nbytes
+
+
+def _rectangle(piece: Piece) -> Rectangle:
+    valid = piece.shard.slices()
+    offset, extent = tuple(s.start for s in valid), tuple(s.stop - s.start for s in valid)
+    return Rectangle(piece.name, piece.kind, piece.dtype, piece.shape, offset, extent)
 
 
 def _item(found: list[tuple[int, Piece]], writer: int) -> Item:
@@ -95,7 +92,7 @@ def _item(found: list[tuple[int, Piece]], writer: int) -> Item:
         rank, stop = max(here, key=lambda source: (source[0] == writer, source[1], -source[0]))
         sources.append((rank, at, min(stop, end)))
         at = stop
-    return Item(first.name, first.kind, first.dtype, first.shape, first.shard, writer, tuple(sources))
+    return Item(_rectangle(first), first.shard, writer, tuple(sources))
 
 
 def _end(shard: Shard) -> int:

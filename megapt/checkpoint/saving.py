@@ -1,40 +1,39 @@
-"""Saving: fragments of tensor-parallel shards become rectangles of global tensors, and all commit at once."""
+"""Saving: fragments of tensor-parallel shards become rectangles of global tensors, and all commit at once.
+
+Pieces of a tensor that the ranks of a data-parallel group hold are sent to the one rank that writes it. What a rank
+then has goes straight into its files, or, where training is to go on meanwhile, into memory that its background writer
+reads. Everything from there on is the same: files, a note per rank, the commit by rank 0.
+"""
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megapt.checkpoint import folders
-from megapt.checkpoint.index import Entry, Index, Slice, TensorIndex, marker_of
+from megapt.checkpoint.background import Writer
+from megapt.checkpoint.commit import Commit
+from megapt.checkpoint.gathering import Local, bring, gather_pieces, local_pieces
+from megapt.checkpoint.lock import FolderLock
 from megapt.checkpoint.plan import Item, Piece, plan
-from megapt.checkpoint.tensorfile import DTYPES, NAMES, TensorFile, checksum
+from megapt.checkpoint.retention import Keep
+from megapt.checkpoint.snapshot import Snapshot, places
+from megapt.checkpoint.space import bytes_needed, check_space
+from megapt.checkpoint.tensorfile import raw_bytes
 from megapt.checkpoint.together import Together
+from megapt.checkpoint.written import RankFiles, Rectangle
 from megapt.errors import UserError
-from megapt.files import sync_folder, write_whole
-from megapt.mesh import ParallelMesh
+from megapt.mesh import ParallelMesh, all_reduce
 from megapt.parameters import ParameterTable
 from megapt.zero.base import Fragment
 
-FILE_BYTES = 2 << 30  # a rank's tensors are spread over files of about this size
-
-
-@dataclass
-class Written:
-    """What one rank wrote: (name, kind, dtype, global shape, slice) of every rectangle; its files' sizes."""
-
-    rows: list[tuple[str, str, str, tuple[int, ...], Slice]] = field(default_factory=list)
-    files: dict[str, int] = field(default_factory=dict)
+_SEEN_WITHIN = 60.0  # seconds until rank 0 must see what other machines have written to a shared file system
 
 
 def save(
@@ -45,52 +44,299 @@ def save(
     meta: dict[str, Any],
     table: ParameterTable | None = None,
 ) -> Path:
-    """Collective: write the checkpoint of `step` and return its folder, once it is committed.
-
-    fragments: this rank's, of any ZeRO stage; meta: JSON that comes back from `load` (rank 0's is stored);
-    with `table`, a parameter of the model that no rank holds is an error. Beyond the fragments, a rank holds
-    one local shard at a time. Raises the same UserError on every rank if any of them fails; then
-    nothing is left of this checkpoint, and older ones are whole. A step already committed is refused.
-    """
-    folder = Path(folder)
-    together = Together(mesh, f"the checkpoint of step {step} was not saved to {folder}: ")
-    if mesh.rank == 0:
-        together.run(lambda: _prepare(folder, step, meta))
-    together.agree()
+    """Collective: write the checkpoint of `step` and return its folder, once it is committed; see `Saver.save`."""
+    saver = Saver(mesh, table)
     try:
-        partial = folders.partial_folder(folder, step)
-        together.run(lambda: _check_visible(partial))
-        local = together.run(lambda: _own(fragments)) or {}
-        together.agree()
-        pieces = _gather_pieces(local, mesh)
-        items = together.run(lambda: plan(pieces)) or []
-        together.agree()
-        written = _write_all(partial, items, local, mesh, together)
-        together.agree()
-        everything = _gather_written(written, mesh)
-        if mesh.rank == 0:
-            together.run(lambda: _commit(folder, step, meta, everything, table))
-        together.agree()
-    except UserError:
-        if mesh.rank == 0:
-            _discard(folder, step)
-        raise
-    return folders.step_folder(folder, step)
+        saved = saver.save(folder, step, fragments, meta)
+        assert saved is not None
+        return saved.path
+    finally:
+        saver.close()
 
 
-Local = dict[tuple[str, str], list[tuple[Piece, Tensor]]]
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is committed.
+
+    nbytes: of all ranks' tensors. stall: seconds that training stood still for it; wait: before that, for the save
+    before, which was still being written; write: from the snapshot (without one, from the beginning) to the commit.
+    """
+
+    path: Path
+    step: int
+    nbytes: int
+    stall: float
+    wait: float
+    write: float
+    background: bool
+    warnings: tuple[str, ...] = ()
 
 
-def _prepare(folder: Path, step: int, meta: dict[str, Any]) -> None:
-    json.dumps(meta, allow_nan=False)
-    final = folders.step_folder(folder, step)
-    if folders.is_committed(final):
-        raise UserError(f"{final.name} is already committed there; move it away, or use another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folders.partial_folder(folder, step)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
+@dataclass
+class _Flight:
+    """A save whose snapshot is taken and whose files are being written. told: whether `hear` has told of its end."""
+
+    commit: Commit
+    nbytes: int
+    stall: float
+    wait: float
+    told: bool = False
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who writes what, as long as every rank of the group holds the same `pieces`.
+
+    own, places: the rectangles that this rank writes, and where each stands in its snapshot of `snapshot` bytes;
+    nbytes: of all ranks' tensors; needed: what they take on the disk.
+    """
+
+    pieces: list[Piece]
+    items: list[Item]
+    own: list[Rectangle]
+    places: list[int]
+    snapshot: int
+    nbytes: int
+    needed: int
+
+
+class Saver:
+    """Writes the checkpoints of one job, one at a time.
+
+    table: the model's parameters; one that no rank holds is then an error. Rank 0 holds the lock of every folder that
+    is written to. What is collective must be called by all ranks at the same place.
+    """
+
+    def __init__(self, mesh: ParallelMesh, table: ParameterTable | None = None) -> None:
+        self.mesh = mesh
+        self.leader = mesh.rank == 0
+        self.names = None if table is None else [name for name, spec in table.items() if spec.tied_to is None]
+        self._locks: dict[Path, FolderLock] = {}
+        self._known: _Plan | None = None
+        self._flight: _Flight | None = None
+        self._snapshot: Snapshot | None = None
+        self._writer: Writer | None = None
+        self._waited = 0.0
+
+    def claim(self, folder: Path) -> None:
+        """Lock a folder that is written to. Rank 0 calls it; UserError if another run writes to it."""
+        lock = self._locks.get(folder)
+        if lock is not None and lock.held:
+            return
+        self._end_writer()  # the next one inherits the new lock
+        if lock is not None:
+            self._locks.pop(folder).close()
+        self._locks[folder] = FolderLock(folder)
+
+    def reserve(self, fragments: Iterable[Fragment]) -> None:
+        """Collective: have plan, memory and writer ready before the first save in the background needs them."""
+        what = "checkpoints cannot be saved in the background (checkpoint.asynchronous=false saves them without): "
+        together = Together(self.mesh, what)
+        planned, _ = self._plan(fragments, together)
+        together.run(lambda: self._make_ready(planned))
+        together.agree()
+
+    def save(
+        self,
+        folder: str | Path,
+        step: int,
+        fragments: Iterable[Fragment],
+        meta: dict[str, Any],
+        keep: Keep | None = None,
+        background: bool = False,
+    ) -> Saved | None:
+        """Collective: write the checkpoint of `step`, after the one that is still being written.
+
+        fragments: this rank's, of any ZeRO stage; meta: JSON that comes back from `load` (rank 0's is stored); keep:
+        what stays in the folder after the commit, None for everything. With `background` it returns None as soon as
+        the fragments are copied to memory of their own; `hear` or `finish` tell of the commit. Without, a rank holds
+        one local shard at a time beyond the fragments. Raises the same AgreedError on every rank if any of them fails,
+        now or with the save before; then nothing is left of that checkpoint, and older ones are whole. A step already
+        committed is refused, as is one for which the disk has no room.
+        """
+        self.finish()
+        started = time.perf_counter()
+        waited, self._waited = self._waited, 0.0
+        commit = Commit(Path(folder), step, meta, self.mesh.world, self.names, keep)
+        together = Together(self.mesh, _not_saved(commit))
+        planned, local = self._plan(fragments, together)
+        if self.leader:
+            together.run(lambda: self._prepare(commit, planned.needed))
+        together.agree()
+        try:
+            together.run(lambda: _check_visible(commit.partial))
+            together.agree()
+            if background:
+                self._take_snapshot(planned, local, together)
+                self._hand_over(commit, planned)
+                self._flight = _Flight(commit, planned.nbytes, time.perf_counter() - started, waited)
+                return None
+            self._write(commit.partial, planned, local, together)
+            warnings = together.run(lambda: commit.complete(_SEEN_WITHIN)) if self.leader else None
+            together.agree()
+        except UserError:
+            if self.leader:
+                commit.discard()
+            raise
+        taken = time.perf_counter() - started
+        return Saved(commit.final, step, planned.nbytes, taken, waited, taken, False, tuple(warnings or ()))
+
+    def hear(self) -> Saved | None:
+        """Rank 0 is told once of the commit of the save in the background, as soon as it is known. Not collective."""
+        if self._flight is None or self._writer is None:
+            return None
+        self._writer.hear()
+        return self._tell() if self.leader and "committed" in self._writer.answers else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why this rank could not write its part of the save in the background, as far as `hear` has heard. The
+        others learn of it in `finish`, which all must call then."""
+        return self._writer.failure if self._flight is not None and self._writer is not None else None
+
+    @property
+    def writing_to(self) -> Path | None:
+        """The folder of the save in the background that `finish` has yet to end; the same on all ranks."""
+        return None if self._flight is None else self._flight.commit.folder
+
+    def finish(self) -> Saved | None:
+        """Collective: wait for the save in the background, if there is one. Rank 0 is told, unless `hear` has done so.
+
+        Raises the same AgreedError on every rank if any of them failed; nothing is left of that checkpoint then.
+        """
+        flight, writer = self._flight, self._writer
+        if flight is None:
+            return None
+        assert writer is not None
+        together = Together(self.mesh, _not_saved(flight.commit))
+        started = time.perf_counter()
+        try:
+            together.run(lambda: writer.wait("written"))
+            together.agree()  # only now is it sure that rank 0's writer does not wait for a note that never comes
+            if self.leader:
+                together.run(lambda: writer.wait("committed"))
+            together.agree()
+            return self._tell() if self.leader else None
+        except UserError:
+            if self.leader or not writer.alive:
+                self._end_writer()
+            if self.leader:
+                flight.commit.discard()
+            raise
+        finally:
+            self._flight = None
+            self._waited += time.perf_counter() - started
+
+    def close(self) -> None:
+        """Let go of writer, memory and locks; a save that is still being written is lost: `finish` first."""
+        self._end_writer()
+        if self._snapshot is not None:
+            self._snapshot.close()
+        for lock in self._locks.values():
+            lock.close()
+        self._locks = {}
+
+    def _plan(self, fragments: Iterable[Fragment], together: Together) -> tuple[_Plan, Local]:
+        """Collective: the plan for these fragments, which is made anew only where some rank's have changed."""
+        local = together.run(lambda: local_pieces(fragments)) or {}
+        together.agree()
+        pieces = [piece for found in local.values() for piece, _ in found]
+        changed = torch.tensor(int(self._known is None or self._known.pieces != pieces), device=self.mesh.device)
+        if self.mesh.world > 1:
+            all_reduce(changed)
+        if changed.item() or self._known is None:
+            items = together.run(functools.partial(plan, gather_pieces(pieces, self.mesh))) or []
+            together.agree()
+            own = [item.rectangle for item in items if item.writer == self.mesh.dp.rank]
+            at, snapshot = places([rectangle.slot for rectangle in own])
+            sizes = [sum(rectangle.slot.nbytes for rectangle in own), bytes_needed(own)]
+            totals = torch.tensor(sizes, device=self.mesh.device)
+            if self.mesh.world > 1:
+                all_reduce(totals)
+            self._known = _Plan(pieces, items, own, at, snapshot, *totals.tolist())
+        return self._known, local
+
+    def _prepare(self, commit: Commit, needed: int) -> None:
+        self.claim(commit.folder)
+        commit.prepare()
+        try:
+            check_space(commit.partial, needed)
+        except UserError:
+            commit.discard()
+            raise
+
+    def _write(self, partial: Path, planned: _Plan, local: Local, together: Together) -> None:
+        """Collective over dp. After a local failure the rank goes on sending, and drops what it receives."""
+        files = together.run(lambda: RankFiles(partial, self.mesh.rank, planned.own))
+        try:
+            for item in planned.items:
+                tensor = bring(item, local, self.mesh)
+                if tensor is not None and files is not None:
+                    together.run(functools.partial(_add, files, item.rectangle, tensor))
+            if files is not None:
+                together.run(files.close)
+        finally:
+            if files is not None:
+                files.abandon()
+        together.agree()
+
+    def _take_snapshot(self, planned: _Plan, local: Local, together: Together) -> None:
+        """Collective over dp, as `_write`; the copies have ended when it returns."""
+        together.run(lambda: self._make_ready(planned))
+        at = iter(planned.places)
+        for item in planned.items:
+            tensor = bring(item, local, self.mesh)
+            if tensor is not None:
+                together.run(functools.partial(self._copy, next(at), tensor))
+        if self._snapshot is not None:
+            together.run(self._snapshot.settle)
+        together.agree()
+
+    def _copy(self, at: int, tensor: Tensor) -> None:
+        assert self._snapshot is not None
+        self._snapshot.put(at, tensor)
+
+    def _make_ready(self, planned: _Plan) -> None:
+        if self._snapshot is None:
+            self._snapshot = Snapshot(self.mesh.device)
+        self._snapshot.reserve(planned.snapshot)
+        if self._writer is None or not self._writer.alive:
+            self._end_writer()
+            locks = [lock.descriptor for lock in self._locks.values()]
+            self._writer = Writer([self._snapshot.descriptor, *locks])
+
+    def _hand_over(self, commit: Commit, planned: _Plan) -> None:
+        assert self._writer is not None and self._snapshot is not None
+        self._writer.give(
+            {
+                "partial": str(commit.partial),
+                "rank": self.mesh.rank,
+                "rectangles": planned.own,
+                "places": planned.places,
+                "snapshot": self._snapshot.descriptor,
+                "nbytes": planned.snapshot,
+                "commit": commit.to_json() if self.leader else None,
+            }
+        )
+
+    def _tell(self) -> Saved | None:
+        flight, writer = self._flight, self._writer
+        assert flight is not None and writer is not None
+        if flight.told:
+            return None
+        flight.told = True
+        seconds, warnings = writer.answers["seconds"], tuple(writer.answers["warnings"])
+        commit = flight.commit
+        return Saved(commit.final, commit.step, flight.nbytes, flight.stall, flight.wait, seconds, True, warnings)
+
+    def _end_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _not_saved(commit: Commit) -> str:
+    return f"the checkpoint of step {commit.step} was not saved to {commit.folder}: "
 
 
 def _check_visible(partial: Path) -> None:
@@ -98,173 +344,5 @@ def _check_visible(partial: Path) -> None:
         raise UserError(f"{partial}, made by rank 0, is not seen here: it must lie on a shared file system")
 
 
-def _own(fragments: Iterable[Fragment]) -> Local:
-    """This rank's pieces of the shards that are to be written, with the live tensors behind them."""
-    local: Local = {}
-    for fragment in fragments:
-        parameter = fragment.parameter
-        spec, shard = parameter.spec, parameter.shard
-        writes = parameter.owner and spec.tied_to is None and shard.primary and shard.length > 0
-        if not writes or fragment.numel == 0:
-            continue
-        for kind, tensor in fragment.tensors.items():
-            assert tensor.shape == (fragment.numel,), f"{kind} of {spec.name}: {tuple(tensor.shape)}"
-            stop = fragment.start + fragment.numel
-            piece = Piece(spec.name, kind, NAMES[tensor.dtype], spec.shape, shard, fragment.start, stop)
-            local.setdefault((spec.name, kind), []).append((piece, tensor.detach()))
-    return local
-
-
-def _gather_pieces(local: Local, mesh: ParallelMesh) -> list[list[Piece]]:
-    own = [piece for pieces in local.values() for piece, _ in pieces]
-    if mesh.dp.size == 1:
-        return [own]
-    gathered: list[Any] = [None] * mesh.dp.size
-    dist.all_gather_object(gathered, own, group=mesh.dp.group)
-    return gathered
-
-
-def _write_all(
-    partial: Path, items: list[Item], local: Local, mesh: ParallelMesh, together: Together
-) -> Written:
-    """Collective over dp. After a local failure the rank goes on sending, and drops what it receives."""
-    files = _Files(partial, mesh.rank, [item for item in items if item.writer == mesh.dp.rank])
-    try:
-        for item in items:
-            flat = _bring(item, local, mesh)
-            if flat is not None:
-                valid = item.shard.valid(flat.view(item.shard.shape))
-                together.run(functools.partial(files.add, item, valid))
-        together.run(files.close)
-    finally:
-        files.abandon()
-    return files.written
-
-
-def _bring(item: Item, local: Local, mesh: ParallelMesh) -> Tensor | None:
-    """On the writer the flattened local shard [numel] (padding undefined), gathered over dp; else None."""
-    here, key = mesh.dp.rank, (item.name, item.kind)
-    operations = []
-    flat = None
-    if item.writer == here:
-        numel = int(torch.Size(item.shard.shape).numel())
-        flat = torch.empty(numel, dtype=DTYPES[item.dtype], device=mesh.device)
-    for source, start, stop in item.sources:
-        if source == here:
-            part = _part(local[key], start, stop)
-            if flat is not None:
-                flat[start:stop].copy_(part)
-            else:
-                part = part.to(mesh.device).contiguous()
-                to = mesh.dp.global_rank(item.writer)
-                operations.append(dist.P2POp(dist.isend, part, to, group=mesh.dp.group))
-        elif flat is not None:
-            frm = mesh.dp.global_rank(source)
-            operations.append(dist.P2POp(dist.irecv, flat[start:stop], frm, group=mesh.dp.group))
-    if operations:
-        # Batched, so that NCCL uses the group's communicator instead of making one for every pair of ranks.
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-    return flat
-
-
-def _part(pieces: list[tuple[Piece, Tensor]], start: int, stop: int) -> Tensor:
-    for piece, tensor in pieces:
-        if piece.start <= start and stop <= piece.stop:
-            return tensor[start - piece.start : stop - piece.start]
-    raise AssertionError(f"no piece holds [{start}, {stop})")
-
-
-class _Files:
-    """The files of one rank, one open at a time."""
-
-    def __init__(self, folder: Path, rank: int, items: list[Item]) -> None:
-        self.written = Written()
-        self._folder = folder
-        self._groups = self._split(items)
-        self._names = (f"rank-{rank:05d}-{number:03d}.safetensors" for number in range(len(items)))
-        self._file: TensorFile | None = None
-        self._left = 0
-
-    @staticmethod
-    def _split(items: list[Item]) -> Iterator[list[Item]]:
-        group: list[Item] = []
-        size = 0
-        for item in items:
-            size += item.slot.nbytes
-            if group and size > FILE_BYTES:
-                yield group
-                group, size = [], item.slot.nbytes
-            group.append(item)
-        if group:
-            yield group
-
-    def add(self, item: Item, tensor: Tensor) -> None:
-        if self._left == 0:
-            self.close()
-            group = next(self._groups)
-            self._file = TensorFile(self._folder / next(self._names), [i.slot for i in group])
-            self._left = len(group)
-        assert self._file is not None
-        tensor = tensor.cpu().contiguous()
-        self._file.write(tensor)
-        self._left -= 1
-        slot = item.slot
-        part = Slice(item.offset, slot.shape, self._file.path.name, slot.key, checksum(tensor))
-        self.written.rows.append((item.name, item.kind, item.dtype, item.shape, part))
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self.written.files[self._file.path.name] = self._file.size
-            self._file = None
-
-    def abandon(self) -> None:
-        if self._file is not None:
-            self._file.abandon()
-
-
-def _gather_written(written: Written, mesh: ParallelMesh) -> list[Written]:
-    if mesh.world == 1:
-        return [written]
-    everything: list[Any] | None = [None] * mesh.world if mesh.rank == 0 else None
-    dist.gather_object(written, everything, dst=0)
-    return everything or []
-
-
-def _index(step: int, meta: dict[str, Any], everything: list[Written], table: ParameterTable | None) -> Index:
-    tensors: dict[str, TensorIndex] = {}
-    for name, kind, dtype, shape, part in (row for written in everything for row in written.rows):
-        tensor = tensors.setdefault(name, TensorIndex(shape, {}))
-        before = tensor.kinds.get(kind, Entry(dtype, ()))
-        tensor.kinds[kind] = Entry(before.dtype, (*before.slices, part))
-    if table is not None:
-        names = [name for name, spec in table.items() if spec.tied_to is None]
-        if missing := [name for name in names if name not in tensors]:
-            raise UserError(f"no rank holds {', '.join(missing)}")
-        tensors = {name: tensors[name] for name in names}
-    files = {name: size for written in everything for name, size in written.files.items()}
-    index = Index(step, meta, tensors, files)
-    index.check()
-    return index
-
-
-def _commit(
-    folder: Path, step: int, meta: dict[str, Any], everything: list[Written], table: ParameterTable | None
-) -> None:
-    data = _index(step, meta, everything, table).encode()
-    partial, final = folders.partial_folder(folder, step), folders.step_folder(folder, step)
-    write_whole(partial / folders.INDEX, data, make_folder=False)
-    if final.exists():
-        shutil.rmtree(final)  # torn: `_prepare` refuses a committed one
-    os.rename(partial, final)
-    sync_folder(folder)
-    write_whole(final / folders.MARKER, marker_of(data), make_folder=False)
-
-
-def _discard(folder: Path, step: int) -> None:
-    """Free the space of a checkpoint that failed."""
-    shutil.rmtree(folders.partial_folder(folder, step), ignore_errors=True)
-    final = folders.step_folder(folder, step)
-    if not folders.is_committed(final):
-        shutil.rmtree(final, ignore_errors=True)
+def _add(files: RankFiles, rectangle: Rectangle, tensor: Tensor) -> None:
+    files.add(rectangle, raw_bytes(tensor.cpu()))

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from megapt import checkpoint
+from megapt.checkpoint import Keep
 from megapt.checkpoint.index import marker_of
-from megapt.checkpoint.tensorfile import TensorFile
+from megapt.checkpoint.rawfile import RawFile
 from megapt.errors import UserError
 from megapt.mesh import ParallelMesh
 from tests.checkpoint.fakes import LLAMA, Layout, check_loaded, fragments, meta_of
@@ -64,20 +65,6 @@ def test_what_is_absent_or_torn_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no committed checkpoint$"):
         checkpoint.resolve(tmp_path / "empty")
-
-
-def test_retention_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step)
-    (tmp_path / ".step-00000005.partial").mkdir()
-    (tmp_path / "notes").mkdir()
-    removed = checkpoint.retain(tmp_path, 2)
-    assert {p.name for p in removed} == {".step-00000005.partial", "step-00000001", "step-00000002"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000003", "step-00000004"]
-    with pytest.raises(UserError, match="keep at least 1"):
-        checkpoint.retain(tmp_path, 0)
-    checkpoint.retain(tmp_path, 5)
-    load(tmp_path / "step-00000003")
 
 
 def test_a_committed_step_is_not_overwritten_but_a_torn_one_is(tmp_path: Path) -> None:
@@ -175,7 +162,7 @@ def _save_and_die(folder: Path, at: int) -> None:
 
     os.fsync, os.replace, os.rename = counted(os.fsync), counted(os.replace), counted(os.rename)
     Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
-    TensorFile.write = counted(TensorFile.write)  # type: ignore[method-assign]
+    os.unlink, RawFile.append = counted(os.unlink), counted(RawFile.append)  # type: ignore[method-assign]
     save(folder, 2)
     os._exit(0)
 
@@ -199,5 +186,5 @@ def test_kill_9_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> N
     killed = -signal.SIGKILL
     # Killed before the commit; killed after it (while syncing the folder's entry); not killed at all.
     assert seen == {(killed, "step-00000001"), (killed, "step-00000002"), (0, "step-00000002")}
-    checkpoint.retain(tmp_path, 1)
+    checkpoint.retain(tmp_path, Keep(1))
     assert not list(tmp_path.glob(".*.partial"))

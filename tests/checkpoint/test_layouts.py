@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapt import checkpoint
-from megapt.checkpoint import saving
+from megapt.checkpoint import written
 from megapt.checkpoint.plan import Piece, plan
 from megapt.config import ModelConfig
 from megapt.errors import UserError
@@ -44,7 +44,7 @@ def load_alone(path: Path, model: ModelConfig, layout: Layout, **options: bool) 
         for dp in range(layout.dp):
             for tp in range(layout.tp):
                 target = fragments(model, layout, pp, dp, tp, fill=float("nan"))
-                checkpoint.load(path, target, ONE, model, **options)
+                checkpoint.load(path, target, ONE, model, complete=False, **options)
                 count += check_loaded(target)
     return count
 
@@ -107,7 +107,7 @@ def test_weights_only_leaves_the_moments(tmp_path: Path) -> None:
     path = save_alone(tmp_path, LLAMA, step=3)
     target = fragments(LLAMA, Layout(tp=2), 0, 0, 1, fill=5.0)
     before = {f.parameter.spec.name: f.tensors["exp_avg"].clone() for f in target}
-    checkpoint.load(path, target, ONE, LLAMA, weights_only=True)
+    checkpoint.load(path, target, ONE, LLAMA, weights_only=True, complete=False)
     check_loaded(target, kinds=("weight",))
     assert all(torch.equal(f.tensors["exp_avg"], before[f.parameter.spec.name]) for f in target)
 
@@ -193,9 +193,10 @@ def test_another_model_of_the_same_shapes_is_refused(
 def test_what_changes_no_number_may_differ(tmp_path: Path) -> None:
     path = save_alone(tmp_path / "llama", LLAMA)
     for change in ({"init_std": 0.5}, {"max_sequence": 64}):
-        assert checkpoint.load(path, [], ONE, LLAMA.model_copy(update=change))
+        assert checkpoint.load(path, [], ONE, LLAMA.model_copy(update=change), complete=False)
     path = save_alone(tmp_path / "gpt2", GPT2)  # which leaves kv_heads and head_dim to their defaults
-    assert checkpoint.load(path, [], ONE, GPT2.model_copy(update={"kv_heads": 4, "head_dim": 2}))
+    same = GPT2.model_copy(update={"kv_heads": 4, "head_dim": 2})
+    assert checkpoint.load(path, [], ONE, same, complete=False)
 
 
 def test_a_checkpoint_that_names_no_model_is_refused(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_an_incomplete_model_is_not_committed(tmp_path: Path) -> None:
 
 
 def test_large_states_are_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "FILE_BYTES", 3000)
+    monkeypatch.setattr(written, "FILE_BYTES", 3000)
     path = save_alone(tmp_path, LLAMA)
     files = sorted(path.glob("rank-00000-*.safetensors"))
     assert len(files) > 4
@@ -296,12 +297,12 @@ def test_plans_take_every_element_once(tensors: list[tuple[int, list[int]]]) -> 
     items = plan(pieces)
     load = [0] * ranks
     for item in items:
-        load[item.writer] += item.slot.nbytes
-        assert item.sources[0][1] == 0 and item.sources[-1][2] == item.shape[0]
+        load[item.writer] += item.rectangle.slot.nbytes
+        assert item.sources[0][1] == 0 and item.sources[-1][2] == item.rectangle.shape[0]
         assert all(a[2] == b[1] for a, b in zip(item.sources, item.sources[1:], strict=False))
         for rank, start, stop in item.sources:
-            assert any(p.name == item.name and p.start <= start and stop <= p.stop for p in pieces[rank])
-    largest = max(item.slot.nbytes for item in items)
+            assert any(p.name == item.rectangle.name and p.start <= start and stop <= p.stop for p in pieces[rank])
+    largest = max(item.rectangle.slot.nbytes for item in items)
     assert max(load) <= 1.05 * sum(load) / ranks + largest
 
 
@@ -311,4 +312,4 @@ def test_without_zero_nothing_is_sent() -> None:
     items = plan(pieces)
     assert all(item.sources == ((item.writer, 0, 16),) for item in items)
     assert sorted(item.writer for item in items) == [0, 0, 1, 1, 2, 2]
-    assert all(item.offset == (4, 0) for item in items)
+    assert all(item.rectangle.offset == (4, 0) for item in items)

@@ -193,12 +193,13 @@ def start(*command: str | Path, cwd: Path = ROOT, **more: str) -> subprocess.Pop
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics without what a clock or a memory gauge measured."""
+    """The lines of a run's metrics without what a clock or a memory gauge measured, nor how saves went."""
     measured = ("tokens_per_second", "memory", "mfu")
-    return [
-        {name: value for name, value in line.items() if name not in measured}
+    lines = [
+        {name: value for name, value in line.items() if name not in measured and not name.startswith("save_")}
         for line in read_metrics(folder / "metrics.jsonl")
     ]
+    return [line for line in lines if line.keys() != {"step"}]
 
 
 def tensors(folder: Path) -> dict[tuple[str, str], torch.Tensor]:

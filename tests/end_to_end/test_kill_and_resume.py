@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import signal
 import time
@@ -147,3 +148,12 @@ def test_a_finished_run_started_again_changes_nothing(root: Path) -> None:
     after = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
     assert {p.name for p in after.keys() - before.keys()} <= {"environment.1.json"}
     assert all(after[path] == data for path, data in before.items())
+
+
+def test_killed_again_and_again_at_random_moments(tmp_path: Path) -> None:
+    """The script whose result stands in docs/results/checkpoint, shorter: saves go on in the background, of both kinds,
+    and runs are compared at their end."""
+    script = runs.ROOT / "docs" / "results" / "checkpoint" / "kill.py"
+    kill = runpy.run_path(str(script))["kill"]
+    result = kill(tmp_path, kills=3, steps=16, seed=1, layouts=["pipeline 2 x data 2"])
+    assert result.kills == 3 and sum(result.finished.values()) >= 1 and result.checkpoints_read > 0

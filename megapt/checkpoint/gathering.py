@@ -1,0 +1,91 @@
+"""What this rank holds of a checkpoint, and how a rank that writes a tensor gets the pieces that others hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapt.checkpoint.plan import Item, Piece
+from megapt.checkpoint.tensorfile import DTYPES, NAMES
+from megapt.mesh import ParallelMesh
+from megapt.parameters import Shard
+from megapt.zero.base import Fragment
+
+Local = dict[tuple[str, str], list[tuple[Piece, Tensor]]]
+
+
+def local_pieces(fragments: Iterable[Fragment]) -> Local:
+    """This rank's pieces of the shards that are to be written, with the live tensors behind them, by name and kind."""
+    local: Local = {}
+    for fragment in fragments:
+        parameter = fragment.parameter
+        spec, shard = parameter.spec, parameter.shard
+        writes = parameter.owner and spec.tied_to is None and shard.primary and shard.length > 0
+        if not writes or fragment.numel == 0:
+            continue
+        for kind, tensor in fragment.tensors.items():
+            assert tensor.shape == (fragment.numel,), f"{kind} of {spec.name}: {tuple(tensor.shape)}"
+            stop = fragment.start + fragment.numel
+            piece = Piece(spec.name, kind, NAMES[tensor.dtype], spec.shape, shard, fragment.start, stop)
+            local.setdefault((spec.name, kind), []).append((piece, tensor.detach()))
+    return local
+
+
+def gather_pieces(own: list[Piece], mesh: ParallelMesh) -> list[list[Piece]]:
+    """Collective over dp: the pieces of every rank of the group."""
+    if mesh.dp.size == 1:
+        return [own]
+    gathered: list[Any] = [None] * mesh.dp.size
+    dist.all_gather_object(gathered, own, group=mesh.dp.group)
+    return gathered
+
+
+def bring(item: Item, local: Local, mesh: ParallelMesh) -> Tensor | None:
+    """Collective over dp: on the writer the rectangle, a live view where it holds all of it; None elsewhere."""
+    here = mesh.dp.rank
+    if item.sources == ((here, 0, item.sources[-1][2]),) and item.writer == here:
+        view = _as_rectangle(_part(local[item.key], 0, item.sources[0][2]), item.shard)
+        if view is not None:
+            return view
+    operations = []
+    flat = None
+    if item.writer == here:
+        flat = torch.empty(prod(item.shard.shape), dtype=DTYPES[item.rectangle.dtype], device=mesh.device)
+    for source, start, stop in item.sources:
+        if source == here:
+            part = _part(local[item.key], start, stop)
+            if flat is not None:
+                flat[start:stop].copy_(part)
+            else:
+                part = part.to(mesh.device).contiguous()
+                to = mesh.dp.global_rank(item.writer)
+                operations.append(dist.P2POp(dist.isend, part, to, group=mesh.dp.group))
+        elif flat is not None:
+            frm = mesh.dp.global_rank(source)
+            operations.append(dist.P2POp(dist.irecv, flat[start:stop], frm, group=mesh.dp.group))
+    if operations:
+        # Batched, so that NCCL uses the group's communicator instead of making one for every pair of ranks.
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    return None if flat is None else item.shard.valid(flat.view(item.shard.shape))
+
+
+def _as_rectangle(part: Tensor, shard: Shard) -> Tensor | None:
+    """The valid part of a shard as a view of its first elements in flat order; None where they are not one."""
+    if shard.dim == 0:
+        return part.view(shard.length, *shard.shape[1:])
+    if part.numel() == prod(shard.shape):
+        return shard.valid(part.view(shard.shape))
+    return None
+
+
+def _part(pieces: list[tuple[Piece, Tensor]], start: int, stop: int) -> Tensor:
+    for piece, tensor in pieces:
+        if piece.start <= start and stop <= piece.stop:
+            return tensor[start - piece.start : stop - piece.start]
+    raise AssertionError(f"no piece holds [{start}, {stop})")

@@ -1,0 +1,163 @@
+"""Saved in the background: the same files, whatever happens to the live tensors, the writers or the rank."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megapt import checkpoint
+from megapt.checkpoint import Saver, lock
+from megapt.checkpoint.lock import FolderLock
+from megapt.checkpoint.snapshot import Snapshot, places
+from megapt.errors import UserError
+from megapt.mesh import ParallelMesh
+from megapt.prove.ranks import Ranks
+from tests.checkpoint.async_ranks import LAYOUTS, both_ways, failing
+from tests.checkpoint.fakes import LLAMA, Layout, check_loaded, fragments, meta_of
+
+ONE = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
+
+
+def test_the_background_writes_the_same_files(tmp_path: Path) -> None:
+    with Ranks(4) as ranks:
+        ranks.run(both_ways, str(tmp_path))
+    for number, layout in enumerate(LAYOUTS):
+        one, other = (tmp_path / f"{number}-{where}" / "step-00000001" for where in ("foreground", "background"))
+        files = sorted(path.name for path in one.iterdir())
+        assert files == sorted(path.name for path in other.iterdir())
+        assert files[:2] == ["COMMITTED", "index.json"] and len(files) == 2 + layout.pp * layout.dp * layout.tp
+        for name in files:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        assert {path.name for path in other.parent.iterdir()} == {"step-00000001", "step-00000002"}
+
+
+def test_a_writer_that_fails_loses_its_checkpoint_alone(tmp_path: Path) -> None:
+    with Ranks(2) as ranks:
+        first, second = ranks.run(failing, str(tmp_path))
+    assert first == second
+    killed, limited = first
+    assert "step 2 was not saved" in killed and "rank 1 (pp 0, dp 1, tp 0): its background writer was killed" in killed
+    assert "step 3 was not saved" in limited and "rank 1 (pp 0, dp 1, tp 0): [Errno 27] File too large" in limited
+    assert "rank 0 (" not in killed + limited
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000004"}
+
+
+def _start_to_save(folder: Path, pipe: Connection) -> None:
+    """Step 1 in peace; step 2 is with a writer that is not allowed to work."""
+    saver = Saver(ONE)
+    for step in (1, 2):
+        if step == 2:
+            assert saver._writer is not None
+            os.kill(saver._writer.pid, signal.SIGSTOP)
+            pipe.send(saver._writer.pid)
+        saver.save(folder, step, fragments(LLAMA, Layout(), 0, 0, 0), meta_of(LLAMA), background=True)
+        if step == 1:
+            saver.finish()
+    pipe.send("under way")
+    time.sleep(600)
+
+
+def test_kill_9_takes_the_writer_along_and_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_start_to_save, args=(tmp_path, there))
+    process.start()
+    there.close()
+    writer = psutil.Process(here.recv())
+    assert here.recv() == "under way"
+    process.kill()
+    process.join()
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    with pytest.raises(UserError, match="another run is writing to"):
+        FolderLock(tmp_path)  # its writer is still there, and would write if it could
+    writer.send_signal(signal.SIGCONT)
+    psutil.wait_procs([writer], timeout=30)
+    assert not psutil.pid_exists(writer.pid) or writer.status() == psutil.STATUS_ZOMBIE
+    assert [path.name for path in checkpoint.committed(tmp_path)][0] == "step-00000001"
+    saver = Saver(ONE)
+    saver.save(tmp_path, 3, fragments(LLAMA, Layout(), 0, 0, 0), meta_of(LLAMA))
+    saver.close()
+    target = fragments(LLAMA, Layout(), 0, 0, 0, fill=0.0)
+    checkpoint.load(tmp_path, target, ONE, LLAMA)
+    check_loaded(target)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_one_folder_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    folder = tmp_path / "run"
+    first, second = Saver(ONE), Saver(ONE)
+    first.claim(folder)
+    partial = folder / ".step-00000002.partial"
+    partial.mkdir()
+    with pytest.raises(UserError, match="step 2 was not saved to .*: another run is writing to .*run; wait for it"):
+        second.save(folder, 2, [], {})
+    assert partial.is_dir()  # which may be what the other one is writing
+    second.claim(tmp_path / "elsewhere")
+    first.close()
+    second.claim(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    third = FolderLock(folder)  # what was locked is gone, and this is another folder
+    with pytest.raises(UserError, match="another run"):
+        second.claim(folder)
+    third.close()
+    second.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    FolderLock(tmp_path).close()
+    assert "cannot be locked here (Operation not supported); start no second run" in capsys.readouterr().err
+
+
+def test_snapshots_hold_any_tensor() -> None:
+    """Contiguous or not, of any dtype; a larger one replaces the memory."""
+    for count in (3, 7):
+        tensors = [
+            torch.randn(count, 5),
+            torch.randn(count, 6)[:, :4],
+            torch.randn(count).bfloat16(),
+            torch.randn(4, count, dtype=torch.float64).T,
+        ]
+        slots = [
+            checkpoint.rawfile.Slot("x", name, tuple(t.shape)) for name, t in zip(DTYPE_NAMES, tensors, strict=True)
+        ]
+        found, nbytes = places(slots)
+        snapshot = Snapshot(torch.device("cpu"))
+        snapshot.reserve(1)
+        snapshot.reserve(nbytes)
+        for at, tensor in zip(found, tensors, strict=True):
+            snapshot.put(at, tensor)
+        data = os.pread(snapshot.descriptor, nbytes, 0)
+        for at, tensor in zip(found, tensors, strict=True):
+            copy = torch.frombuffer(bytearray(data[at:]), dtype=tensor.dtype, count=tensor.numel())
+            assert at % 64 == 0 and torch.equal(copy.view(tensor.shape), tensor)
+        snapshot.close()
+
+
+DTYPE_NAMES = ("F32", "F32", "BF16", "F64")
+
+
+def test_the_writer_imports_no_torch() -> None:
+    import subprocess
+    import sys
+
+    program = "import json, sys, megapt.checkpoint.writer; print(json.dumps(sorted(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "numpy"} & set(json.loads(output))
