@@ -27,6 +27,7 @@ setup(
         *find_packages("kernels", include=["megapt_kernels", "megapt_kernels.*"]),
     ],
     package_dir={"megapt": "megapt", "megapt_kernels": "kernels/megapt_kernels"},
+    package_data={"megapt.plan": ["hardware/*.yaml"]},
     python_requires=constant("megapt/doctor.py", "PYTHON"),
     install_requires=list(constant("megapt/doctor.py", "REQUIREMENTS")),
     extras_require={
@@ -44,7 +45,10 @@ setup(
             "mypy",
             "types-PyYAML",
             "accelerate",
+            "peft",
         ],
+        # For the last part of docs/huggingface.md; it brings scipy, scikit-learn, pandas and more, 430 MB in all.
+        "compat": ["lm-eval"],
         # Never needed; flash-attn builds itself from source where it has no wheel for the installed torch.
         "gpu": ["triton; platform_system == 'Linux'", "flash-attn>=2.7"],
     },

@@ -17,6 +17,10 @@ for argument in "$@"; do
 done
 make_environment
 install
+# One page of the documentation hands a model to lm-eval, which brings much that nothing else needs.
+"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lm_eval") is None)' ||
+    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compat]' ||
+    heading "without lm-eval: docs/huggingface.md will not be tested"
 [ "$install_only" = 0 ] || exit 0
 
 # One thread per process, since tests start many; no downloads and no windows.

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from megapt.config import ModelConfig
-from megapt.convert import llama
+from megapt.convert.keys import COUNT, Activation, Key, Only, optional
+from megapt.convert.llama import BUFFERS, EPS, FIXED, ROWS, SIZES
 from megapt.convert.mapping import Family
+from megapt.convert.positions import Rope
+from megapt.convert.windows import QwenWindow
 
+KV_HEADS = Key("num_key_value_heads", "kv_heads", optional(COUNT), 32, of="num_kv_heads")
 
-def legal(model: ModelConfig) -> dict[str, tuple[Any, ...]]:
-    return {**llama.legal(model), "bias": ("qkv",), "head_dim": (None, model.hidden // model.heads)}
-
-
-def config(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "use_sliding_window": False,
-        **llama.common(model),
-    }
-
-
-QWEN2 = Family("Qwen2", legal, llama.ROWS, config)
+QWEN2 = Family(
+    name="Qwen2",
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    fixed={**FIXED, "bias": "qkv"},
+    parts=(*SIZES, KV_HEADS, EPS, Activation(), Only("use_mrope", False, written=False), QwenWindow(), Rope()),
+    rows=ROWS,
+    prefix="model.",
+    buffers=BUFFERS,
+)

@@ -15,8 +15,13 @@ from megapt.files import write_whole
 if TYPE_CHECKING:
     import tokenizers
 
-# Files that say more about a tokenizer.json, taken along where they stand beside it.
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+GENERATION = "generation_config.json"
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Files that say more about a tokenizer and what is generated with it, taken along where they stand beside it.
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", GENERATION)
+# The tokenizer itself, best first.
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 # Texts on which a rebuilt tokenizer must agree with the original.
 _PROBES = (
@@ -31,6 +36,24 @@ _PROBES = (
     "▁ a piece's own sign",
     "",
 )
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer file in a folder of Hugging Face's layout, None if there is none."""
+    found = (folder / name for name in _TOKENIZERS)
+    return next((path for path in found if path.is_file() and _complete(path)), None)
+
+
+def _complete(path: Path) -> bool:
+    return path.name != own.VOCABULARY or (path.parent / own.MERGES).is_file()
+
+
+def copy_tokenizer(source: Path, folder: Path) -> Path | None:
+    """Copy what a folder of Hugging Face's layout holds of a tokenizer; returns the copy of the file to name."""
+    for name in (*_TOKENIZERS, own.MERGES, *_BESIDE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return find_tokenizer(folder)
 
 
 def write_tokenizer(path: str, folder: Path, model: ModelConfig) -> int | None:
