@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megapt.commands import data, data_show, schedule, tokenize
+from megapt.commands import checkpoint, convert, data, data_show, plan, schedule, tokenize
 from megapt.commands.collectives import collectives
+from megapt.commands.evaluate import evaluate
 from megapt.commands.prove import prove
+from megapt.commands.tune import tune
 from megapt.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,15 +28,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
-convert_app = typer.Typer(help="Export checkpoints to other formats.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(tokenize.tokenizer_app, name="tokenizer")
 app.add_typer(data.app, name="data")
 data.app.command("build")(tokenize.build)
 data.app.command("show")(data_show.show)
+app.add_typer(plan.app, name="plan")
+app.command()(tune)
 app.add_typer(schedule.app, name="schedule")
-app.add_typer(convert_app, name="convert")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(convert.app, name="convert")
 app.add_typer(bench_app, name="bench")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
@@ -50,12 +53,6 @@ Checkpoint = Annotated[
 Tokenizer = Annotated[
     str | None, typer.Option(help="Tokenizer file; default: the one the run's config names.")
 ]
-
-
-class ExportDtype(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 @app.command()
@@ -81,19 +78,6 @@ def pretrain(
 ) -> None:
     """Train in this process alone; for several ranks use launch/pretrain.sh."""
     raise typer.Exit(_pretrain_rank(["--config", str(config), *(overrides or [])]))
-
-
-@convert_app.command("to-hf")
-def convert_to_hf(
-    checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
-    tokenizer: Tokenizer = None,
-    dtype: Annotated[ExportDtype, typer.Option(help="Type of the written weights.")] = ExportDtype.fp32,
-) -> None:
-    """Write a checkpoint as a Hugging Face transformers folder."""
-    from megapt.convert import to_hf
-
-    typer.echo(to_hf(checkpoint, output, tokenizer=tokenizer, dtype=dtype.value))
 
 
 @app.command()
@@ -122,6 +106,7 @@ def generate(
             typer.echo(text)
 
 
+app.command("eval")(evaluate)
 app.command()(prove)
 app.command()(collectives)
 

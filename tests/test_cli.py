@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megapt import cli
+from megapt.convert import Request
 from megapt.data.documents import read_texts
 from megapt.errors import UserError
 
@@ -87,7 +88,7 @@ def test_help_loads_no_job(arguments: list[str]) -> None:
 
 def test_help_names_every_command() -> None:
     output = _run("--help")
-    for command in "doctor config pretrain tokenizer data convert generate bench quickstart".split():
+    for command in "doctor config pretrain tokenizer data convert checkpoint eval plan tune generate bench quickstart".split():
         assert command in output
 
 
@@ -106,9 +107,10 @@ def test_convert(job: Job) -> None:
     calls = job("megapt.convert", "to_hf", returns=Path("out"))
     _run("convert", "to-hf", "run", "out")
     _run("convert", "to-hf", "run", "out", "--tokenizer", "t.json", "--dtype", "bf16")
+    more = {"shard_bytes": 5_000_000_000, "family": None, "request": Request(1e-5, None)}
     assert calls == [
-        ((Path("run"), Path("out")), {"tokenizer": None, "dtype": "fp32"}),
-        ((Path("run"), Path("out")), {"tokenizer": "t.json", "dtype": "bf16"}),
+        ((Path("run"), Path("out")), {"tokenizer": None, "dtype": "fp32"} | more),
+        ((Path("run"), Path("out")), {"tokenizer": "t.json", "dtype": "bf16"} | more),
     ]
 
 

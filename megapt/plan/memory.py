@@ -220,11 +220,12 @@ def _heads(config: Config) -> tuple[int, int]:
 def layer_activations(config: Config, cpu: bool, policy: Policy = "none") -> int:
     """Bytes that a tensor rank keeps of one layer's forward for its backward, for one micro-batch.
 
-    That is, by what makes it: the residual stream and its normalised copy, for both norms; queries, keys and values
+    That is, by what makes it: what each norm takes, and what the linear layers behind it take; queries, keys and values
     as attention takes them, its result and one sum of exponentials per head; the MLP's first projection and the input
-    of its second. On a GPU turned queries and keys live beside the projection that the values are a view of. With
-    `selective` what norms, attention and activation make is not kept, and the projection is as it was before turning;
-    with `full` only the stream at the layer's beginning is.
+    of its second. On a GPU turned queries and keys live beside the projection that the values are a view of; where
+    queries and keys are normalised, so does what was projected. With `selective` what norms, attention and activation
+    make is not kept, and the projection is as it was before turning; with `full` only the stream at the layer's
+    beginning is.
     """
     model, tensor = config.model, config.parallel.tensor
     width = DTYPES[config.precision].itemsize
@@ -232,15 +233,27 @@ def layer_activations(config: Config, cpu: bool, policy: Policy = "none") -> int
     if policy == "full":
         return stream
     heads, kv_heads = _heads(config)
-    statistics = _statistics(config, cpu)
+    norms = _norms(config, stream, _statistics(config, cpu), policy)
     projection = (heads + 2 * kv_heads) * model.head_width * width
     up = (2 if model.gated else 1) * model.ffn // tensor * width
     if policy == "selective":
-        return 2 * (stream + statistics) + _tokens(config) * (projection + up)
+        return norms + _tokens(config) * (projection + up)
+    if model.qk_norm != "none":
+        projection = 2 * projection + (heads + kv_heads) * max(width, 4)
     turned = 0 if cpu or model.position != "rope" else heads + kv_heads
     attention = projection + (turned + heads) * model.head_width * width + heads * max(width, 4)
     down = model.ffn // tensor * width
-    return 2 * (2 * stream + statistics) + _tokens(config) * (attention + up + down)
+    return norms + _tokens(config) * (attention + up + down)
+
+
+def _norms(config: Config, stream: int, statistics: int, policy: Policy) -> int:
+    """Bytes that a layer's norms keep, and its linear layers of what norms or the stream give them."""
+    placement = config.model.norm_placement
+    norms = 4 if placement == "both" else 2
+    # The stream before attention and before the MLP, which a parallel residual has once; what norms after take.
+    taken = {"before": 1 if config.model.parallel_residual else 2, "after": 4, "both": 4}[placement]
+    given = 2 if placement != "after" and policy == "none" else 0
+    return (taken + given) * stream + norms * statistics
 
 
 def deferred_activations(config: Config) -> int:

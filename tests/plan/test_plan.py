@@ -29,10 +29,12 @@ from megapt.plan.memory import (
     layer_policies,
     stage_memory,
 )
+from megapt.prove.small import built_in
 from megapt.rules import check_world
 from tests.distributed.layouts import GPT2, LLAMA, SEQUENCE, tree
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+FAMILIES = {shape.name: shape.tree["model"] for shape in built_in() if shape.brief}
 
 
 def test_flops_follow_the_published_formula() -> None:
@@ -109,7 +111,7 @@ def _rotary(engine: Engine) -> tuple[Tensor, Tensor] | None:
     return rotary_table(model, SEQUENCE, torch.device("cpu"), torch.promote_types(dtype, torch.float32))
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2, LLAMA | {"norm": "layer_norm", "gated": False}])
+@pytest.mark.parametrize("model", [LLAMA, GPT2, LLAMA | {"norm": "layer_norm", "gated": False}, *FAMILIES.values()])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 def test_activations_are_what_autograd_keeps(model: dict, precision: str, policy: Policy) -> None:

@@ -1,0 +1,151 @@
+"""What to say where no layout is legal, or none fits: the rule, the values, and the nearest that works."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megapt.config import Config
+from megapt.errors import UserError
+from megapt.plan.candidates import Wanted, cells, sample_unit, tensor_degrees
+from megapt.plan.hardware import Hardware
+
+if TYPE_CHECKING:
+    from megapt.plan.search import Option, Plan
+
+_FARTHEST = 4096  # worlds that are looked at for the nearest legal one
+_LARGEST = 1 << 17  # ranks of a cluster that is looked for
+
+
+def no_layout(config: Config, world: int, only: Wanted | None, backend: str | None) -> str:
+    """Why no layout of `world` ranks is legal, and the nearest numbers of ranks that have some."""
+    if any(True for _ in cells(config, world)):
+        return _none_wanted(config, world, only, backend)
+    unit, tensor = sample_unit(config), tensor_degrees(config, world)
+    samples = config.batch.global_samples
+    rest = math.gcd(unit, world)
+    near = _nearest_worlds(config, world)
+    most = largest_world(config)
+    lines = [
+        f"no layout of {world:,} ranks is legal: {world:,} = tensor x pipeline x data, where tensor is one of "
+        f"{', '.join(map(str, tensor))}, pipeline is at most model.layers = {config.model.layers}, and data divides the "
+        f"batch of {samples:,} samples" + (f" and its ramp (together {unit:,})" if unit != samples else ""),
+        f"numbers of ranks that work: {near}; the most that any layout of this batch takes: {most:,}",
+    ]
+    if rest < world:
+        lines.append(f"or a batch that more ranks divide: {_nearest_batch(config, world)} samples")
+    return "; ".join(lines)
+
+
+def _none_wanted(config: Config, world: int, only: Wanted | None, backend: str | None) -> str:
+    asked = f"{only}" if only else f"zero.backend = {backend or 'native'}"
+    advice = "leave some of the values open"
+    if config.zero.offload:
+        advice = "zero.offload needs deepspeed without a pipeline, and AdamW; leave it out, or take fewer ranks"
+    sizes = ", ".join(f"tp={tp} pp={pp} dp={dp}" for tp, pp, dp in list(cells(config, world))[:12])
+    return f"no legal layout of {world:,} ranks has {asked}; legal sizes of the axes: {sizes}; {advice}"
+
+
+def _nearest_worlds(config: Config, world: int) -> str:
+    legal = []
+    for way in (-1, 1):
+        for step in range(1, _FARTHEST):
+            other = world + way * step
+            if other < 1:
+                break
+            if any(True for _ in cells(config, other)):
+                legal.append(f"{other:,}")
+                break
+    return " or ".join(legal) or "none within 4,096 of it"
+
+
+def largest_world(config: Config) -> int:
+    """The most ranks of any legal layout: every sample a rank of its own, every layer a stage."""
+    model, kv = config.model, config.model.num_kv_heads
+    tensor = max(
+        t for t in range(1, model.heads + 1)
+        if not (model.heads % t or model.ffn % t or (kv % t and t % kv))
+    )  # fmt: skip
+    return tensor * model.layers * sample_unit(config)
+
+
+def _nearest_batch(config: Config, world: int) -> str:
+    """Sizes of the batch near its own that some data-parallel size divides."""
+    samples = config.batch.global_samples
+    sizes: set[int] = set()
+    for tp in tensor_degrees(config, world):
+        for pp in range(1, min(config.model.layers, world // tp) + 1):
+            if world % (tp * pp) == 0:
+                dp = world // (tp * pp)
+                sizes |= {samples // dp * dp, -(-samples // dp) * dp}
+    sizes.discard(0)
+    below = max((size for size in sizes if size <= samples), default=None)
+    above = min((size for size in sizes if size >= samples), default=None)
+    return " or ".join(f"{size:,}" for size in dict.fromkeys((below, above)) if size is not None)
+
+
+def nothing_fits(plan: Plan) -> str:
+    """What is missing, and the smallest cluster of this hardware that would do."""
+    from megapt.plan.search import evaluate, room
+    from megapt.plan.table import gib, memory_items
+
+    layout, _ = min(plan.tight.values(), key=lambda item: item[1])
+    option = evaluate(plan.config, layout, plan.hardware)
+    limit = room(plan.hardware, plan.margin)
+    items = ", ".join(f"{name} {gib(size)}" for name, size in memory_items(option.worst).items() if size)
+    lines = [
+        f"the model fits in no layout of {plan.world:,} ranks: {plan.hardware.name} has {plan.hardware.memory.gib:g} GiB, "
+        f"of which {plan.margin:.0%} stay free; the layout that needs least ({layout}) needs {gib(option.bytes)} GiB "
+        f"({items}), {gib(option.bytes - limit)} GiB more than there are"
+    ]
+    found = smallest_cluster(plan)
+    if found is None:
+        lines.append(f"no cluster of up to {_LARGEST:,} of them holds it: take a smaller batch.sequence, or more memory")
+    else:
+        lines.append(f"the smallest cluster of them that would do has {found.layout.world:,}: {found.layout}")
+    return "; ".join(lines)
+
+
+def smallest_cluster(plan: Plan) -> Option | None:
+    """The best layout of the fewest ranks, beyond the plan's, that hold the model."""
+    from megapt.plan.bounds import Bounds
+    from megapt.plan.search import is_cpu, room, search
+
+    bounds = Bounds(plan.config, plan.hardware, is_cpu(plan.hardware))
+    limit = room(plan.hardware, plan.margin)
+    for world in _larger_worlds(plan.world, plan.hardware):
+        if world > largest_world(plan.config):
+            return None
+        if not bounds.may_fit(world, limit):
+            continue
+        try:
+            found = search(
+                plan.config,
+                world,
+                plan.hardware,
+                margin=plan.margin,
+                backend=plan.backend,
+                only=plan.only,
+                best_alone=True,
+            )
+        except UserError:  # no legal layout of so many
+            continue
+        if found.ranked:
+            return found.best
+    return None
+
+
+def _larger_worlds(world: int, hardware: Hardware) -> Iterator[int]:
+    """Within a node powers of two, then whole nodes: one by one up to 32, then in steps of an eighth."""
+    node = hardware.node.devices
+    size = 1
+    while size < node:
+        if size > world:
+            yield size
+        size *= 2
+    nodes = 1
+    while nodes * node <= _LARGEST:
+        if nodes * node > world:
+            yield nodes * node
+        nodes += max(1, 1 << max(0, nodes.bit_length() - 5))
