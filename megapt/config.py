@@ -240,6 +240,11 @@ class DataConfig(Section):
     workers: Count = Field(1, description="threads of each rank that read ahead")
     prefetch: CountOrZero = Field(2, description="steps read ahead")
 
+    @property
+    def separates_documents(self) -> bool:
+        """Whether attention and positions end with a document."""
+        return self.packing != "concatenate" if self.documents is None else self.documents
+
 
 class BatchRamp(Section):
     start: Count = Field(description="samples per step at the beginning")

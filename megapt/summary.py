@@ -107,10 +107,9 @@ def _recompute(config: Config, stages: Sequence[StageMemory]) -> str:
 def kernels(config: Config, mesh: ParallelMesh) -> list[str]:
     """Which implementation computes what on this device in this precision, in words."""
     model, cpu = config.model, mesh.device.type == "cpu"
-    rotary = model.position == "rope"
-    kernel = "torch's blockwise flash kernel for CPUs" if cpu else "torch scaled_dot_product_attention"
-    turned = ", compiled" if config.compile else " on the way in" if cpu else " before it"
-    attention = f"{kernel} in {config.precision}" + (f", rotary positions{turned}" if rotary else "")
+    kernel, own = _attention(config, cpu)
+    turned = ", compiled" if config.compile else " on the way in" if own else " before it"
+    attention = f"{kernel} in {config.precision}" + (f", rotary positions{turned}" if model.position == "rope" else "")
     norm = "LayerNorm: torch" if model.norm == "layer_norm" else "RMSNorm: torch"
     mlp = model.activation + (", recomputed in the backward pass: megapt" if model.gated else ": torch")
     if config.compile:
@@ -125,6 +124,23 @@ def kernels(config: Config, mesh: ParallelMesh) -> list[str]:
         f"cross entropy: megapt, with the output projection, in blocks of tokens, softmax in {wide}",
         f"gradient reduction: {_reduction(config)}",
     ]
+
+
+def _attention(config: Config, cpu: bool) -> tuple[str, bool]:
+    """Which kernel `model.attention` chooses, and whether it is called from a function of ours that turns queries and
+    keys on their way in."""
+    model = config.model
+    half = config.precision in ("bf16", "fp16")
+    windowed = model.window is not None and model.window < config.batch.sequence
+    if model.attention_softcap is not None:
+        return "megapt, by blocks of queries (capped scores)", True
+    if cpu:
+        flash = "torch's blockwise flash kernel for CPUs"
+        return (f"{flash}, windows by blocks of queries" if windowed else flash), True
+    if windowed and not half:
+        return "megapt, by blocks of queries (windows)", True
+    varlen = half and (windowed or config.data.separates_documents)
+    return "torch varlen_attn" if varlen else "torch scaled_dot_product_attention", False
 
 
 def _reduction(config: Config) -> str:

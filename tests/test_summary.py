@@ -28,6 +28,16 @@ def test_kernels_of_the_cpu_and_of_a_gpu() -> None:
         assert "gated silu, recomputed in the backward pass: megapt" in text and "softmax in fp32" in text
 
 
+def test_kernels_of_windows_and_capped_scores() -> None:
+    windowed = LLAMA | {"window": 8}
+    assert "flash kernel for CPUs, windows by blocks of queries in fp32" in _kernels(windowed, "cpu", precision="fp32")
+    assert "torch varlen_attn in bf16" in _kernels(windowed, "cuda", precision="bf16")
+    assert "megapt, by blocks of queries (windows) in fp32" in _kernels(windowed, "cuda", precision="fp32")
+    assert "scaled_dot_product" in _kernels(LLAMA | {"window": 4096}, "cuda", precision="bf16")
+    capped = _kernels(LLAMA | {"attention_softcap": 50.0}, "cuda", precision="bf16")
+    assert "capped scores) in bf16, rotary positions on the way in" in capped
+
+
 def test_kernels_of_a_gpt() -> None:
     text = _kernels(GPT2, "cpu", precision="fp64")
     assert "LayerNorm: torch" in text and "MLP's gelu_tanh: torch" in text and "softmax in fp64" in text

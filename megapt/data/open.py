@@ -197,7 +197,7 @@ def _blend(
 
 def _objective(config: Config, fim: bool) -> Objective:
     data = config.data
-    documents = data.documents if data.documents is not None else data.packing != "concatenate"
+    documents = data.separates_documents
     vocabulary = _vocabulary(config) if data.fim or data.masked_lm else None
     if vocabulary is None:
         return Objective(documents)
