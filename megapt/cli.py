@@ -18,6 +18,7 @@ from megapt.commands.tune import tune
 from megapt.errors import UserError
 
 if TYPE_CHECKING:
+    from megapt.config import Config, Loaded
     from megapt.launcher import RankEnvironment
 
 app = typer.Typer(
@@ -195,6 +196,15 @@ def _pretrain_rank(arguments: Sequence[str]) -> int:
     return job.main(list(arguments)) or 0
 
 
+def _resolved(loaded: Loaded, ranks: int, gpus: bool) -> Config:
+    """The config that `parallel: auto` becomes for so many ranks, as each of them will find it."""
+    import torch
+
+    from megapt.plan.auto import resolve
+
+    return resolve(loaded, ranks, torch.device("cuda", 0) if gpus else torch.device("cpu")).config
+
+
 def _start_local_ranks(script: str, arguments: Sequence[str]) -> None:
     """Become the launcher of all ranks of this machine.
 
@@ -218,10 +228,12 @@ def _start_local_ranks(script: str, arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     options = parser.parse_intermixed_args(arguments)
 
-    config = load(options.config, options.overrides).config
-    devices = launcher.visible_devices(os.environ)
+    loaded = load(options.config, options.overrides)
+    config, devices = loaded.config, launcher.visible_devices(os.environ)
     layout = config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
     ranks = (len(devices) or layout) if options.ranks is None else options.ranks
+    if config.parallel.auto is not None:
+        config = _resolved(loaded, ranks, bool(devices))
     port = launcher.local_port(os.environ)
     rank_arguments = ["--config", options.config, *options.overrides]
     command = launcher.local_command(script, rank_arguments, ranks=ranks, devices=devices, port=port)

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     environment = rank_environment(dict(os.environ))
     try:
-        loaded = _parse(arguments)
+        loaded = _planned(_parse(arguments), environment)
         data = check_world(loaded.config, environment.world)
         plan = RunPlan.of(loaded.config)
         _check_device(loaded.config, data, environment)
@@ -72,6 +72,20 @@ def _parse(arguments: Sequence[str]) -> Loaded:
     options = parser.parse_intermixed_args(list(arguments))
     scratch = ["checkpoint.from_scratch=true"] if options.from_scratch else []
     return load(options.config, [*options.overrides, *scratch])
+
+
+def _planned(given: Loaded, environment: RankEnvironment) -> Loaded:
+    """The same tree with a layout where it says `parallel: auto`."""
+    from megapt.distributed import device_of
+    from megapt.plan.auto import describe, resolve
+
+    if given.config.parallel.auto is None:
+        return given
+    loaded = resolve(given, environment.world, device_of(environment))
+    line = describe(given, loaded, environment.world)
+    if environment.rank == 0 and line is not None:
+        print(line, flush=True)
+    return loaded
 
 
 @dataclass(frozen=True)

@@ -324,6 +324,11 @@ def _source_conflicts(key: str, sources: list[SourceConfig]) -> Iterator[tuple[s
 def check_world(config: Config, world: int) -> int:
     """The data-parallel size that remains in a world of `world` ranks; UserError if the layout does not fit it."""
     parallel, batch = config.parallel, config.batch
+    if parallel.auto is not None:
+        raise UserError(
+            "parallel: auto becomes a layout where launch/pretrain.sh starts; elsewhere one must stand written: "
+            "megapt plan CONFIG --gpus N --write FILE"
+        )
     cell = parallel.tensor * parallel.pipeline
     if world % cell:
         layouts = _factorisations(config, world)

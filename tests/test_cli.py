@@ -88,7 +88,8 @@ def test_help_loads_no_job(arguments: list[str]) -> None:
 
 def test_help_names_every_command() -> None:
     output = _run("--help")
-    for command in "doctor config pretrain tokenizer data convert checkpoint eval plan tune generate bench quickstart".split():
+    commands = "doctor config pretrain tokenizer data convert checkpoint eval plan tune generate bench quickstart"
+    for command in commands.split():
         assert command in output
 
 

@@ -103,7 +103,7 @@ class Commit:
     def _index(self, everything: list[Written]) -> Index:
         tensors: dict[str, TensorIndex] = {}
         for rectangle, file, crc in (row for written in everything for row in written.rows):
-            part = Slice(rectangle.offset, rectangle.extent, file, rectangle.slot.key, crc)
+            part = Slice(rectangle.offset, rectangle.extent, file, rectangle.key, crc)
             tensor = tensors.setdefault(rectangle.name, TensorIndex(rectangle.shape, {}))
             before = tensor.kinds.get(rectangle.kind, Entry(rectangle.dtype, ()))
             tensor.kinds[rectangle.kind] = Entry(before.dtype, (*before.slices, part))

@@ -13,7 +13,6 @@ from torch import Tensor
 from megapt.checkpoint.plan import Item, Piece
 from megapt.checkpoint.tensorfile import DTYPES, NAMES
 from megapt.mesh import ParallelMesh
-from megapt.parameters import Shard
 from megapt.zero.base import Fragment
 
 Local = dict[tuple[str, str], list[tuple[Piece, Tensor]]]
@@ -48,10 +47,14 @@ def gather_pieces(own: list[Piece], mesh: ParallelMesh) -> list[list[Piece]]:
 def bring(item: Item, local: Local, mesh: ParallelMesh) -> Tensor | None:
     """Collective over dp: on the writer the rectangle, a live view where it holds all of it; None elsewhere."""
     here = mesh.dp.rank
-    if item.sources == ((here, 0, item.sources[-1][2]),) and item.writer == here:
-        view = _as_rectangle(_part(local[item.key], 0, item.sources[0][2]), item.shard)
-        if view is not None:
-            return view
+    extent = item.rectangle.extent
+    if len(item.sources) == 1:
+        ((source, start, stop),) = item.sources
+        assert source == item.writer
+        if source != here:
+            return None
+        if stop - start == prod(extent):
+            return _part(local[item.key], start, stop).view(extent)
     operations = []
     flat = None
     if item.writer == here:
@@ -73,15 +76,6 @@ def bring(item: Item, local: Local, mesh: ParallelMesh) -> Tensor | None:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
     return None if flat is None else item.shard.valid(flat.view(item.shard.shape))
-
-
-def _as_rectangle(part: Tensor, shard: Shard) -> Tensor | None:
-    """The valid part of a shard as a view of its first elements in flat order; None where they are not one."""
-    if shard.dim == 0:
-        return part.view(shard.length, *shard.shape[1:])
-    if part.numel() == prod(shard.shape):
-        return shard.valid(part.view(shard.shape))
-    return None
 
 
 def _part(pieces: list[tuple[Piece, Tensor]], start: int, stop: int) -> Tensor:

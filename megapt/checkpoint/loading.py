@@ -209,7 +209,8 @@ def load_weights(
     """Global weights one by one, on the CPU in the stored dtype: all in the stored order, or `names`."""
     reader = open_reader(path, verify)
     wanted = list(reader.index.tensors if names is None else names)
-    if absent := [name for name in wanted if name not in reader.index.tensors]:
+    held = {name for name, kind, _ in reader.index.entries() if kind == "weight"}
+    if absent := [name for name in wanted if name not in held]:
         raise UserError(f"{reader.folder} holds no {', '.join(absent)}")
     for name in wanted:
         yield name, reader.whole(name)
@@ -297,7 +298,8 @@ def _settings(model: ModelConfig) -> dict[str, Any]:
 
 def _differences(index: Index, table: ParameterTable) -> list[str]:
     wanted = {name: spec.shape for name, spec in table.items() if spec.tied_to is None}
-    stored = {name: tensor.shape for name, tensor in index.tensors.items() if "weight" in tensor.kinds}
+    stored = {name: tensor.shape for name, tensor in index.tensors.items()}
+    bare = [name for name, tensor in index.tensors.items() if "weight" not in tensor.kinds]
     missing = [name for name in wanted if name not in stored]
     surplus = [name for name in stored if name not in wanted]
     shapes = [
@@ -305,7 +307,12 @@ def _differences(index: Index, table: ParameterTable) -> list[str]:
         for name, shape in wanted.items()
         if name in stored and stored[name] != shape
     ]
-    groups = {"missing in the checkpoint": missing, "not in the model": surplus, "of another shape": shapes}
+    groups = {
+        "missing in the checkpoint": missing,
+        "without a weight": bare,
+        "not in the model": surplus,
+        "of another shape": shapes,
+    }
     return [f"{what}: {', '.join(names)}" for what, names in groups.items() if names]
 
 

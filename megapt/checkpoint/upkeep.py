@@ -106,7 +106,8 @@ class Upkeep:
                 raise
             self._failed(step, place, error)
             return
-        self._retry = None
+        if self._retry is not None and self._retry[1] == place:
+            self._retry = None
         if saved is not None:
             self._tell(saved)
 

@@ -16,7 +16,8 @@ FILE_BYTES = 2 << 30  # a rank's tensors are spread over files of about this siz
 
 
 class Rectangle(NamedTuple):
-    """A part of a global tensor of one kind. shape: the global one; offset and extent: per dimension."""
+    """A part of a global tensor of one kind. shape: the global one; offset and extent: per dimension; key: its name in
+    the file, which no other rectangle of the rank has."""
 
     name: str
     kind: str
@@ -24,16 +25,17 @@ class Rectangle(NamedTuple):
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     extent: tuple[int, ...]
+    key: str
 
     @property
     def slot(self) -> Slot:
-        return Slot(f"{self.kind}/{self.name}", self.dtype, self.extent)
+        return Slot(self.key, self.dtype, self.extent)
 
     @classmethod
     def of(cls, row: Sequence[Any]) -> Rectangle:
         """Back from JSON, which has no tuples."""
-        name, kind, dtype, *shapes = row
-        return cls(name, kind, dtype, *map(tuple, shapes))
+        name, kind, dtype, shape, offset, extent, key = row
+        return cls(name, kind, dtype, tuple(shape), tuple(offset), tuple(extent), key)
 
 
 @dataclass

@@ -49,8 +49,10 @@ def inspect(
 @app.command()
 def verify(checkpoints: Checkpoints, json: Json = False) -> None:
     """Compare every checksum and name all that is damaged: exit status 1 if anything is."""
+    from megapt.checkpoint import resolve
     from megapt.checkpoint import verify as job
 
+    checkpoints = [resolve(checkpoint) for checkpoint in checkpoints]  # a name that is wrong shows before hours of work
     reports = []
     with byte_bar("verifying", sum(map(job.work_bytes, checkpoints))) as progress:
         for checkpoint in checkpoints:
@@ -83,9 +85,7 @@ def diff(
     with byte_bar("comparing", work_bytes(first)) as progress:
         found = job(first, second, progress)
     if json:
-        import dataclasses
-
-        typer.echo(json_format.dumps(dataclasses.asdict(found), indent=2))
+        typer.echo(json_format.dumps(_comparison(found), indent=2, allow_nan=False))
     else:
         _print_comparison(found, most, ignore_meta)
     raise typer.Exit(0 if found.same(ignore_meta) else 1)
@@ -96,14 +96,14 @@ def export_weights(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write; must not exist.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the written weights; default: as stored.")] = None,
-    shard_gb: Annotated[float, typer.Option(min=0.001, help="Size of one file, at most, in GB.")] = 5.0,
+    shard_gb: Annotated[float, typer.Option(min=0.001, max=1e9, help="Size of one file, at most, in GB.")] = 5.0,
 ) -> None:
     """Write the weights as plain safetensors files under their global names."""
     from megapt.checkpoint.export_weights import export_weights as job
     from megapt.checkpoint.verify import work_bytes
 
     with byte_bar("exporting", work_bytes(checkpoint)) as progress:
-        written = job(checkpoint, output, dtype.value if dtype else None, int(shard_gb * 1e9), progress)
+        written = job(checkpoint, output, dtype.value if dtype else None, round(shard_gb * 1e9), progress)
     typer.echo(written)
 
 
@@ -164,7 +164,7 @@ def _model(model: dict[str, Any] | None) -> str:
 
 def _words(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+        return ", ".join(f"{_number(key)} {_words(item)}" for key, item in value.items())
     if isinstance(value, list):
         return "; ".join(map(_words, value))
     return _number(value)
@@ -181,6 +181,17 @@ def _age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds"
+
+
+def _comparison(found: Comparison) -> dict[str, Any]:
+    """Its fields; null for what is infinite, which JSON has no number for."""
+    import dataclasses
+    import math
+
+    tree = dataclasses.asdict(found)
+    for row in tree["tensors"]:
+        row |= {key: None for key in ("largest", "relative") if not math.isfinite(row[key])}
+    return tree
 
 
 def _print_comparison(found: Comparison, most: int, ignore_meta: bool) -> None:

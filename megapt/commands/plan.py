@@ -15,8 +15,6 @@ from typer.core import TyperGroup
 from megapt.errors import UserError
 
 if TYPE_CHECKING:
-    from click import Context
-
     from megapt.config import Loaded
     from megapt.plan.hardware import Hardware
     from megapt.plan.search import Plan
@@ -25,18 +23,23 @@ if TYPE_CHECKING:
 class _PlanUnlessNamed(TyperGroup):
     """`megapt plan CONFIG` plans; a first word that names another command runs that."""
 
-    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or args[0] not in self.commands:
             args = ["layouts", *args]
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(help="Choose a layout, and know its memory and speed before renting the cluster.", cls=_PlanUnlessNamed)
+app = typer.Typer(help="Rank layouts by speed and memory, before renting the cluster.", cls=_PlanUnlessNamed)
 
 
 class Backend(StrEnum):
     native = "native"
     deepspeed = "deepspeed"
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
@@ -252,7 +255,6 @@ def _dry_run(loaded: Loaded, world: int | None, ranks: str, hardware: Hardware) 
     from megapt.plan.dry_run import dry_run, stage_ranks
     from megapt.plan.memory import stage_memory
     from megapt.plan.search import is_cpu
-    from megapt.plan.table import gib
     from megapt.rules import check_world
 
     config = loaded.config
@@ -263,22 +265,21 @@ def _dry_run(loaded: Loaded, world: int | None, ranks: str, hardware: Hardware) 
     device = "cpu" if is_cpu(hardware) else "cuda"
     done = dry_run(config, world, chosen, device)
     estimates = stage_memory(config, data, cpu=is_cpu(hardware))
-    table = Table("rank", "pp", "dp", "tp", "peak GiB", "estimated", "error", "peak is in", box=None, header_style="bold")
+    look: dict[str, Any] = {"box": None, "header_style": "bold"}
+    table = Table("rank", "pp", "dp", "tp", "peak MiB", "estimated", "error", "peak is in", **look)
     for one in done:
         pp, dp, tp = one.coordinates
-        estimate = estimates[pp].total
-        error = estimate / one.peak - 1
-        table.add_row(
-            *map(str, (one.rank, pp, dp, tp)), gib(one.peak), gib(estimate), f"{error:+.1%}", one.when
-        )
+        estimate = estimates[pp].allocated
+        sizes = (f"{size / 2**20:,.1f}" for size in (one.peak, estimate))
+        table.add_row(*map(str, (one.rank, pp, dp, tp)), *sizes, f"{estimate / one.peak - 1:+.1%}", one.when)
     console = Console(highlight=False, width=max(Console().width, 100))
     console.print(table)
-    counts = Table("rank", "collective", "axis", "ranks", "times", "MiB each", "GiB sent", box=None, header_style="bold")
+    counts = Table("rank", "collective", "axis", "ranks", "times", "MiB each", "MiB sent", **look)
     for one in done:
         for item in one.collectives:
             counts.add_row(
                 str(one.rank), item.kind, item.axis, str(item.ranks), f"{item.count:,}",
-                f"{item.bytes / 2**20:,.3f}", f"{item.sent / 2**30:,.3f}",
+                f"{item.bytes / 2**20:,.3f}", f"{item.sent / 2**20:,.1f}",
             )  # fmt: skip
     console.print(counts)
 
@@ -293,14 +294,16 @@ def _rank_numbers(text: str) -> list[int]:
 @app.command("calibrate")
 def calibrate(
     out: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of hardware to write.")],
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Default: a GPU where there is one.")] = None,
     seconds: Annotated[float, typer.Option(min=1.0, help="How long measuring may take.")] = 60.0,
 ) -> None:
     """Measure the present device's copies, matrix products, attention and launches as a file of hardware."""
+    import torch
+
     from megapt.plan.calibrate import calibrate as job
 
     if not out.parent.is_dir():
         raise UserError(f"{out.parent} is no folder; {out.name} cannot be written there")
-    job(out, device, seconds)
+    job(out, torch.device(device.value) if device else None, seconds)
     typer.echo(f"{out}: hardware for megapt plan --hardware {out}")
 

@@ -70,8 +70,8 @@ def _spans(q: Tensor, scores: Scores) -> Iterator[tuple[slice, slice, Tensor | N
     assert window is not None and scores.softcap is None and scores.causal
     first = slice(0, min(window, length))
     yield first, first, None
-    # Much shorter than the window, or more would be masked than used; not so short that a product has few rows.
-    rows = max(64, min(window // 4, 512))
+    # Shorter than the window, or as much would be masked as used; not so short that products have few rows.
+    rows = max(64, min(window // 2, 256))
     seen = torch.ones(rows, rows + window - 1, dtype=torch.bool).tril_(window - 1).triu_()
     mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
     for start in range(window, length, rows):

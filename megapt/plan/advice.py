@@ -7,8 +7,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megapt.config import Config
-from megapt.errors import UserError
-from megapt.plan.candidates import Wanted, cells, sample_unit, tensor_degrees
+from megapt.plan.candidates import (
+    Layout,
+    Wanted,
+    cells,
+    sample_unit,
+    sequence_choices,
+    tensor_degrees,
+    zero_stages,
+)
 from megapt.plan.hardware import Hardware
 
 if TYPE_CHECKING:
@@ -29,8 +36,8 @@ def no_layout(config: Config, world: int, only: Wanted | None, backend: str | No
     most = largest_world(config)
     lines = [
         f"no layout of {world:,} ranks is legal: {world:,} = tensor x pipeline x data, where tensor is one of "
-        f"{', '.join(map(str, tensor))}, pipeline is at most model.layers = {config.model.layers}, and data divides the "
-        f"batch of {samples:,} samples" + (f" and its ramp (together {unit:,})" if unit != samples else ""),
+        f"{', '.join(map(str, tensor))}, pipeline is at most model.layers = {config.model.layers}, and data divides "
+        f"the batch of {samples:,} samples" + (f" and its ramp (together {unit:,})" if unit != samples else ""),
         f"numbers of ranks that work: {near}; the most that any layout of this batch takes: {most:,}",
     ]
     if rest < world:
@@ -95,13 +102,13 @@ def nothing_fits(plan: Plan) -> str:
     limit = room(plan.hardware, plan.margin)
     items = ", ".join(f"{name} {gib(size)}" for name, size in memory_items(option.worst).items() if size)
     lines = [
-        f"the model fits in no layout of {plan.world:,} ranks: {plan.hardware.name} has {plan.hardware.memory.gib:g} GiB, "
-        f"of which {plan.margin:.0%} stay free; the layout that needs least ({layout}) needs {gib(option.bytes)} GiB "
-        f"({items}), {gib(option.bytes - limit)} GiB more than there are"
+        f"the model fits in no layout of {plan.world:,} ranks: {plan.hardware.name} has {plan.hardware.memory.gib:g} "
+        f"GiB, of which {plan.margin:.0%} stay free; the layout that needs least ({layout}) needs "
+        f"{gib(option.bytes)} GiB ({items}), {gib(option.bytes - limit)} GiB more than there are"
     ]
     found = smallest_cluster(plan)
     if found is None:
-        lines.append(f"no cluster of up to {_LARGEST:,} of them holds it: take a smaller batch.sequence, or more memory")
+        lines.append(f"no cluster of up to {_LARGEST:,} of them holds it: shorten batch.sequence, or take more memory")
     else:
         lines.append(f"the smallest cluster of them that would do has {found.layout.world:,}: {found.layout}")
     return "; ".join(lines)
@@ -109,31 +116,43 @@ def nothing_fits(plan: Plan) -> str:
 
 def smallest_cluster(plan: Plan) -> Option | None:
     """The best layout of the fewest ranks, beyond the plan's, that hold the model."""
-    from megapt.plan.bounds import Bounds
-    from megapt.plan.search import is_cpu, room, search
+    from megapt.plan.search import search
 
-    bounds = Bounds(plan.config, plan.hardware, is_cpu(plan.hardware))
-    limit = room(plan.hardware, plan.margin)
     for world in _larger_worlds(plan.world, plan.hardware):
         if world > largest_world(plan.config):
             return None
-        if not bounds.may_fit(world, limit):
+        if not _holds(plan, world):
             continue
-        try:
-            found = search(
-                plan.config,
-                world,
-                plan.hardware,
-                margin=plan.margin,
-                backend=plan.backend,
-                only=plan.only,
-                best_alone=True,
-            )
-        except UserError:  # no legal layout of so many
-            continue
+        found = search(
+            plan.config,
+            world,
+            plan.hardware,
+            margin=plan.margin,
+            backend=plan.backend,
+            only=plan.only,
+            best_alone=True,
+        )
         if found.ranked:
             return found.best
     return None
+
+
+def _holds(plan: Plan, world: int) -> bool:
+    """Whether some layout of `world` ranks fits: of each size of the axes the one that needs least is looked at."""
+    from megapt.plan.bounds import Bounds
+    from megapt.plan.search import evaluate_memory, is_cpu, room
+
+    config, limit = plan.config, room(plan.hardware, plan.margin)
+    bounds = Bounds(config, plan.hardware, is_cpu(plan.hardware))
+    found: list[tuple[int, Layout]] = []
+    for tp, pp, dp in cells(config, world):
+        sequence = sequence_choices(config, tp, 1)[0]
+        for zero in zero_stages(config, pp, plan.backend)[-1:]:
+            layout = Layout(tp, pp, dp, zero=zero, recompute="full", sequence=sequence)
+            if plan.only is None or plan.only.allows(layout):
+                found.append((bounds.least(layout), layout))
+    near = sorted(item for item in found if item[0] <= limit)
+    return any(max(s.total for s in evaluate_memory(config, layout, plan.hardware)) <= limit for _, layout in near)
 
 
 def _larger_worlds(world: int, hardware: Hardware) -> Iterator[int]:

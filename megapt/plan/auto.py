@@ -32,8 +32,8 @@ def detect(device: torch.device) -> Hardware:
     found = named(given)
     if found is None:
         raise UserError(
-            f"parallel: auto does not know the GPU {given!r}; measure it once with `megapt plan calibrate gpu.yaml` and "
-            f"write `parallel: {{auto: gpu.yaml}}`, or name one of {', '.join(hardware.names())}"
+            f"parallel: auto does not know the GPU {given!r}; measure it once with `megapt plan calibrate gpu.yaml` "
+            f"and write `parallel: {{auto: gpu.yaml}}`, or name one of {', '.join(hardware.names())}"
         )
     return hardware.load(found)
 
@@ -63,19 +63,16 @@ def resolve(loaded: Loaded, world: int, device: torch.device) -> Loaded:
     if config.parallel.layers_per_stage is not None:
         raise UserError("parallel.layers_per_stage belongs to one layout: leave it out, or write the layout for auto")
     chosen = detect(device) if auto == DETECT else hardware.load(auto)
-    plain = _without_auto(config)
     given = stated(config)
     backend = config.zero.backend if "backend" in config.zero.model_fields_set else None
     plan = search(
-        plain, world, chosen, backend=backend, only=Wanted(given) if given else None, best_alone=True
+        config, world, chosen, backend=backend, only=Wanted(given) if given else None, best_alone=True
     )
     if not plan.ranked:
         raise UserError(f"parallel: auto: {nothing_fits(plan)}")
-    made = plan.best.layout.checked(plain)
-    origins = {**loaded.origins}
-    origins.update({key: ORIGIN for key in plan.best.layout.values() if _value(made, key) != _value(config, key)})
-    origins["parallel.auto"] = ORIGIN
-    return replace(loaded, config=made, origins=origins)
+    made = plan.best.layout.checked(config)
+    chosen_here = {key: ORIGIN for key in plan.best.layout.values() if _value(made, key) != _value(config, key)}
+    return replace(loaded, config=made, origins=loaded.origins | chosen_here)
 
 
 def describe(before: Loaded, after: Loaded, world: int) -> str | None:
@@ -105,10 +102,6 @@ def stated(config: Config) -> dict[str, Any]:
     if "policy" in config.recompute.model_fields_set:
         given["recompute"] = has.recompute
     return given
-
-
-def _without_auto(config: Config) -> Config:
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"auto": None})})
 
 
 def _value(config: Config, key: str) -> Any:

@@ -14,7 +14,7 @@ from megapt.config import Config
 from megapt.model.recompute import Policy
 from megapt.model.table import parameter_table
 from megapt.parallel.pipeline.stages import DTYPES, split_layers, stage_placement
-from megapt.plan.candidates import POLICIES, Layout, cells, zero_stages
+from megapt.plan.candidates import POLICIES, Layout
 from megapt.plan.cost import MEGAPT, Cost, Shape, embedding_cost, head_cost, layer_cost
 from megapt.plan.hardware import Hardware
 from megapt.plan.memory import layer_activations
@@ -106,15 +106,6 @@ class Bounds:
         # Every schedule that has one forward more than backwards on the first rank when it is full.
         return self._state(layout, layers) + min(layout.pp, micro_batches) * kept * layers // (1 + (layout.pp > 1))
 
-    def may_fit(self, world: int, limit: int) -> bool:
-        """Whether some layout of `world` ranks is not known to need more than `limit` bytes."""
-        return any(
-            self.least(Layout(tp, pp, dp, zero=zero)) <= limit
-            for tp, pp, dp in cells(self.config, world)
-            for zero in zero_stages(self.config, pp, None)[-1:]
-            if self.config.batch.sequence % tp == 0
-        )
-
     def _state(self, layout: Layout, layers: int) -> int:
         config = self.config
         width = DTYPES[config.precision].itemsize
@@ -165,9 +156,9 @@ class Bounds:
             last = where.virtual_stages - 1
             made.append(_Rank(counts, layers[virtual[0]].start, where.rank(0) == rank, where.rank(last) == rank))
         kept = [made[0]]
-        for rank in sorted(made[1:], key=lambda rank: (-sum(rank.chunks), -rank.before)):
-            if rank.last or not any(sum(k.chunks) >= sum(rank.chunks) and k.before >= rank.before for k in kept):
-                kept.append(rank)
+        for one in sorted(made[1:], key=lambda one: (-sum(one.chunks), -one.before)):
+            if one.last or not any(sum(k.chunks) >= sum(one.chunks) and k.before >= one.before for k in kept):
+                kept.append(one)
         return kept
 
     def _kept(self, shape: tuple[int, bool, int], policy: Policy) -> int:

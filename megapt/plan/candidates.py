@@ -89,9 +89,10 @@ class Layout:
             "parallel.tensor": self.tp,
             "parallel.pipeline": self.pp,
             "parallel.data": None,
+            "parallel.auto": None,
             "parallel.schedule": self.schedule,
             "parallel.chunks": self.chunks,
-            "parallel.sequence": self.sequence if self.tp > 1 else None,
+            "parallel.sequence": None if self.sequence or self.tp == 1 else False,
             "parallel.layers_per_stage": None,
             "zero.stage": int(stage),
             "zero.backend": backend,
@@ -178,7 +179,7 @@ def _value(text: str, key: str, value: str, kind: type) -> Any:
         return int(value)
     legal = {
         "schedule": (value in SCHEDULES, ", ".join(SCHEDULES)),
-        "zero": (bool(_ZERO.fullmatch(value)), "a backend and a stage, as in native-1, deepspeed-3, deepspeed-2-offload"),
+        "zero": (bool(_ZERO.fullmatch(value)), "a backend and a stage, as in native-1 or deepspeed-2-offload"),
         "recompute": (bool(_RECOMPUTE.fullmatch(value)), "none, selective, full, full:3 or budget:12.5 (GiB)"),
     }[key]
     if not legal[0]:

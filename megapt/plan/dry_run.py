@@ -6,14 +6,14 @@ schedule's actions, the ZeRO backend, everything that the program does. Only the
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megapt.batch import MicroBatch, StepBatch
 from megapt.config import Config
@@ -22,7 +22,7 @@ from megapt.errors import UserError
 from megapt.mesh import ParallelMesh
 from megapt.plan.fake import FakeLive, fake_rank
 from megapt.plan.live import LiveBytes
-from megapt.prove.collectives import Group, Operation
+from megapt.prove.collectives import Operation
 from megapt.rules import check_world
 
 
@@ -53,9 +53,9 @@ class DryRank:
     """What a rank's step took.
 
     coordinates: on pp, dp, tp. peak: bytes of live tensors at most, from the start of a step to its end; items: those
-    bytes by what they are, or by the phase of the step that made them; when: the action in which they were reached.
-    held: bytes between steps. micro_batches: how many were run, of how many of the step: more of them change no peak;
-    collectives count as in the whole step.
+    bytes by what they are, or by the phase of the step that made them; when: the action in which they were reached;
+    phases: the most in each phase of the step. held: bytes between steps. micro_batches: how many were run, of how many
+    of the step: more of them change no peak; collectives count as in the whole step.
     """
 
     rank: int
@@ -63,6 +63,7 @@ class DryRank:
     peak: int
     items: dict[str, int]
     when: str
+    phases: dict[str, int]
     held: int
     micro_batches: tuple[int, int]
     collectives: list[Collective]
@@ -115,8 +116,8 @@ def dry_run(
 
 
 def _micro_batches(config: Config, most: int) -> int:
-    """As many as fill the pipeline: after them a step repeats itself."""
-    return min(most, 3 * config.parallel.pipeline)
+    """As many as fill the pipeline, after which a step repeats itself; gpipe never does: it keeps them all."""
+    return most if config.parallel.schedule == "gpipe" else min(most, 2 * config.parallel.pipeline)
 
 
 def _step(config: Config, world: int, rank: int, device: torch.device, live: FakeLive, most: int) -> DryRank:
@@ -126,6 +127,8 @@ def _step(config: Config, world: int, rank: int, device: torch.device, live: Fak
     name_states(live, engine, batch)
     if config.zero.backend == "deepspeed":
         engine.train_step(batch, 1e-3)  # in which it makes buffers that it keeps
+    # Gradients leave with every micro-batch, or weights are gathered for it; else once, beside the last backward.
+    each = ("tp", "pp", "dp") if config.zero.stage > 1 else ("tp", "pp")
     live.operations.clear()
     held = live.now
     live.restart()
@@ -136,19 +139,20 @@ def _step(config: Config, world: int, rank: int, device: torch.device, live: Fak
         live.peak,
         {item: size for item, size in live.at_peak.most_common() if size},
         live.peak_action,
+        dict(live.peaks),
         held,
         (count, most),
-        _collectives(live.operations, engine.mesh, most / count),
+        _collectives(live.operations, engine.mesh, most / count, each),
     )
 
 
 def step_batch(config: Config, micro_batches: int, device: torch.device) -> StepBatch:
     """A step's tokens, all the same, each micro-batch in memory of its own."""
-    shape = config.batch.micro, config.batch.sequence
-    made = [
-        MicroBatch(*(torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)))
-        for _ in range(micro_batches)
-    ]
+
+    def zeros() -> torch.Tensor:
+        return torch.zeros(config.batch.micro, config.batch.sequence, dtype=torch.int64, device=device)
+
+    made = [MicroBatch(zeros(), zeros()) for _ in range(micro_batches)]
     return StepBatch(made, np.zeros(1, np.int64), made[0].tokens.numel() * micro_batches)
 
 
@@ -164,21 +168,25 @@ def name_states(live: LiveBytes, engine: Engine, batch: StepBatch) -> None:
         live.name([t for t in (micro_batch.tokens, micro_batch.labels) if t is not None], "batch")
 
 
-def _collectives(operations: Iterable[Operation], mesh: ParallelMesh, times: float) -> list[Collective]:
-    """Those of a step, alike ones together; those within the pipeline's actions count `times` as often."""
+def _collectives(
+    operations: Iterable[Operation], mesh: ParallelMesh, times: float, each: Container[str]
+) -> list[Collective]:
+    """Those of a step, alike ones together; those on axes in `each` are issued for every micro-batch of the pipeline's
+    actions, and count `times` as often."""
     axes = {"tp": mesh.tp, "dp": mesh.dp, "pp": mesh.pp, "pp x tp": mesh.model}
     names: dict[tuple[int, ...], str] = {}
     for name, axis in reversed(axes.items()):
         if axis.group is not None:
             names[tuple(dist.get_process_group_ranks(axis.group))] = name
     names.setdefault(tuple(range(mesh.world)), "world")
-    found: Counter[tuple[str, str, int, int]] = Counter()
+    found: dict[tuple[str, str, int, int], float] = defaultdict(float)
     for operation in operations:
         group = operation.group
-        axis = "pp" if operation.peer is not None else names.get(group.ranks, str(group))
-        key = operation.kind, axis, len(group.ranks), moved(operation)
-        found[key] += 1 if "micro-batch" not in operation.action else times
-    return [Collective(*key, count=round(count)) for key, count in found.most_common()]
+        where = "pp" if operation.peer is not None else names.get(group.ranks, str(group))
+        again = "micro-batch" in operation.action and where in each
+        found[operation.kind, where, len(group.ranks), moved(operation)] += times if again else 1
+    made = [Collective(*key, count=round(count)) for key, count in found.items()]
+    return sorted(made, key=lambda one: -one.sent)
 
 
 def moved(operation: Operation) -> int:
@@ -186,7 +194,7 @@ def moved(operation: Operation) -> int:
     if not operation.dtype:
         return 0
     width = getattr(torch, operation.dtype).itemsize
-    total = sum(int(np.prod(shape)) for shape in operation.shapes) * width
+    total = sum(math.prod(shape) for shape in operation.shapes) * width
     ranks = len(operation.group.ranks)
     if operation.kind in ("all-gather", "reduce-scatter"):  # the whole and one member's part
         return total * ranks // (ranks + 1)

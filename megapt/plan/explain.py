@@ -41,7 +41,13 @@ def explain(plan: Plan, wanted: Wanted) -> Explanation:
         return broken
     try:
         found = search(
-            plan.config, plan.world, plan.hardware, margin=plan.margin, backend=plan.backend, only=wanted, best_alone=True
+            plan.config,
+            plan.world,
+            plan.hardware,
+            margin=plan.margin,
+            backend=plan.backend,
+            only=wanted,
+            best_alone=True,
         )
     except UserError as error:
         return Explanation(f"{wanted} is not legal: {error}")
@@ -120,8 +126,8 @@ def _too_large(plan: Plan, wanted: Wanted, option: Option) -> Explanation:
     items = memory_items(option.worst)
     largest = sorted(((size, name) for name, size in items.items()), reverse=True)
     verdict = (
-        f"{wanted} does not fit: what needs least of these, {option.layout}, needs {gib(option.bytes)} GiB on its fullest "
-        f"rank, {gib(option.bytes - limit)} more than the {gib(limit)} there are to use: "
+        f"{wanted} does not fit: what needs least of these, {option.layout}, needs {gib(option.bytes)} GiB on its "
+        f"fullest rank, {gib(option.bytes - limit)} more than the {gib(limit)} there are to use: "
         + ", ".join(f"{name} {gib(size)}" for size, name in largest if size)
     )
     if not plan.ranked:
@@ -138,9 +144,11 @@ def difference(before: Plan, after: Plan, changes: list[str]) -> list[str]:
         return [f"with {changed} no layout fits"]
     old, new = before.best, after.best
     gain = new.time.tokens_per_second / old.time.tokens_per_second - 1
-    stays = "the best layout stays" if new.layout == old.layout else f"the best layout is {new.layout} instead of {old.layout}"
-    lines = [f"with {changed}: {gain:+.1%} tokens/s ({new.time.tokens_per_second:,.0f}, MFU {new.time.mfu:.1%}); {stays}"]
-    if new.layout != old.layout:
+    same_layout = new.layout == old.layout
+    choice = "the best layout stays" if same_layout else f"the best layout is {new.layout} instead of {old.layout}"
+    rate = f"{new.time.tokens_per_second:,.0f}, MFU {new.time.mfu:.1%}"
+    lines = [f"with {changed}: {gain:+.1%} tokens/s ({rate}); {choice}"]
+    if not same_layout:
         try:
             same = evaluate(after.config, old.layout, after.hardware)
         except UserError:
@@ -148,7 +156,9 @@ def difference(before: Plan, after: Plan, changes: list[str]) -> list[str]:
         lines.append(f"the old layout would be at {same.time.tokens_per_second:,.0f} tokens/s there")
     rows = _rows(new.time.items, old.time.items, 0.002 * old.seconds)
     lines += [
-        f"  {name:<26}{there:>9.3f} s ->{here:>9.3f} s" for name, here, there in rows if abs(here - there) > 0.001 * old.seconds
+        f"  {name:<26}{there:>9.3f} s ->{here:>9.3f} s"
+        for name, here, there in rows
+        if abs(here - there) > 0.001 * old.seconds
     ]
     return lines
 

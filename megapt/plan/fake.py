@@ -44,8 +44,7 @@ class FakeLive(LiveBytes):
         try:
             if function.namespace == "c10d":
                 self._note(function._schema, args)
-                # There are none for tensors without data: others take their places in the call.
-                return function(*(_stand_in(value) for value in args), **(kwargs or {}))
+                return _over(function._schema, args)
             if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
                 return False if args[0].dtype == torch.bool else 0.0 if args[0].is_floating_point() else 0
             if function is torch.ops.aten.equal.default and args[0].is_meta:
@@ -53,7 +52,6 @@ class FakeLive(LiveBytes):
             return super().__torch_dispatch__(function, types, args, kwargs)
         finally:
             self.running -= 1
-
 
     def counts(self, storage: torch.UntypedStorage) -> bool:
         if self.empty:
@@ -65,10 +63,11 @@ class FakeLive(LiveBytes):
         super()._freed(key, reference)
 
 
-def _stand_in(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty(0, dtype=value.dtype)
-    return [_stand_in(one) for one in value] if isinstance(value, list) else value
+def _over(schema: Any, args: Sequence[Any]) -> Any:
+    """What a collective gives that is over. There are none for tensors without data, so a barrier takes its place."""
+    group = next(value for value, given in zip(args, schema.arguments, strict=False) if given.name == "process_group")
+    work = torch.ops.c10d.barrier(torch.empty(0), group, [], False, -1)
+    return work if len(schema.returns) == 1 else (args[0], work)
 
 
 @contextmanager
@@ -176,8 +175,8 @@ class _Program(TorchFunctionMode):
             return (_untyped_storage(tensor)._cdata << 6) + tensor.storage_offset() * tensor.itemsize
         if self.gpu and function in _GPU_KERNELS:
             return _GPU_KERNELS[function](*args, **kwargs)
-        if "out_dtype" in kwargs:  # of torch.mm, which only GPUs have
-            return args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=kwargs["out_dtype"])
+        if "out_dtype" in kwargs:  # of torch.mm and torch.bmm, which only GPUs have
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1], dtype=kwargs["out_dtype"])
         if function is Tensor.cpu:
             return args[0]
         # Where a device may stand as text, it stands first.

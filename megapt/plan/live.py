@@ -19,8 +19,8 @@ class LiveBytes(Recorder):
     """While it is entered, counts every storage that an operation makes until it is freed, of real or fake tensors.
 
     now: bytes alive; peak: the most since `restart`; at_peak: those bytes by what the process did when it made them, or
-    by the name that `name` gave them; peak_action: what it did at the peak. What operations allocate and free within
-    themselves is not seen. Collectives and transfers are recorded in `operations`.
+    by the name that `name` gave them; peak_action: what it did at the peak; peaks: by what it did, the most. What
+    operations allocate and free within themselves is not seen. Collectives and transfers are recorded in `operations`.
     """
 
     def __init__(self) -> None:
@@ -29,6 +29,7 @@ class LiveBytes(Recorder):
         self.items: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.peak_action = ""
+        self.peaks: dict[str, int] = {}
         self._live: dict[int, tuple[int, str, weakref.ref[torch.UntypedStorage]]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,6 +45,7 @@ class LiveBytes(Recorder):
     def restart(self) -> None:
         """The peak counts from here."""
         self.peak, self.at_peak, self.peak_action = self.now, self.items.copy(), OPERATIONS.action
+        self.peaks.clear()
 
     def name(self, tensors: Iterable[Tensor], item: str) -> None:
         """What these tensors' memory counts as from now on; memory that has a name keeps it."""
@@ -68,7 +70,7 @@ class LiveBytes(Recorder):
                 self._add(size - known[0], known[1])
                 self._live[key] = size, known[1], known[2]
             return
-        item = f"made in {OPERATIONS.action.partition(' of micro-batch')[0] or 'the program'}"
+        item = f"made in {_phase()}"
         self._live[key] = size, item, weakref.ref(storage, partial(self._freed, key))
         self._add(size, item)
 
@@ -79,5 +81,12 @@ class LiveBytes(Recorder):
     def _add(self, size: int, item: str) -> None:
         self.now += size
         self.items[item] += size
+        if size > 0:
+            phase = _phase()
+            self.peaks[phase] = max(self.now, self.peaks.get(phase, 0))
         if self.now > self.peak:
             self.peak, self.at_peak, self.peak_action = self.now, self.items.copy(), OPERATIONS.action
+
+
+def _phase() -> str:
+    return OPERATIONS.action.partition(" of micro-batch")[0] or "the program"

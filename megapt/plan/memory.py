@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from megapt.config import Config
 from megapt.errors import UserError
 from megapt.model.recompute import Policy
 from megapt.model.table import parameter_table
-from megapt.parallel.pipeline.actions import Kind
-from megapt.parallel.pipeline.schedules import Schedule, schedule
-from megapt.parallel.pipeline.stages import DTYPES, split_layers, stage_parameters, stage_placement
+from megapt.parallel.pipeline.stages import DTYPES, split_layers, stage_placement
+from megapt.plan.levels import Passes, cached_schedule, levels
+from megapt.plan.working import Place
+from megapt.plan.zero_memory import zero_memory
 
 Policies = list[list[Policy]]
 """What each layer of each chunk of a rank computes again in the backward pass."""
@@ -22,7 +22,11 @@ Policies = list[list[Policy]]
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What one rank of a pipeline stage holds: parameters in elements, the rest in bytes."""
+    """What one rank of a pipeline stage holds: parameters in elements, the rest in bytes.
+
+    weights, gradients, optimizer: between steps. activations: what forwards keep for their backwards, at the
+    schedule's peak. items: everything at the moment when it is most (`when`), by item; see `ITEMS`.
+    """
 
     layers: list[range]
     policies: Policies
@@ -31,55 +35,94 @@ class StageMemory:
     gradients: int
     optimizer: int
     activations: int
+    items: dict[str, int]
+    when: str
+
+    @property
+    def allocated(self) -> int:
+        """What torch allocates at most."""
+        return sum(size for item, size in self.items.items() if item not in ("fragmentation", "context"))
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(self.items.values())
+
+
+ITEMS = {
+    "weights": "weights, with the copy of a tied one",
+    "main_grad": "gradients in full precision",
+    "masters": "weights in full precision, where they are narrower",
+    "moments": "the optimizer's moments",
+    "activations": "what forwards keep for their backwards, or a backward has computed again",
+    "deferred": "what waits for the gradients of weights that a schedule puts off",
+    "gathers": "whole sequences, gathered from tensor ranks",
+    "loss": "logits of a block of tokens, and the output projection's gradients",
+    "transfers": "stages' inputs and outputs on their way",
+    "buckets": "gradients and weights on their way between data-parallel ranks",
+    "working": "gradients within a backward, and other short-lived tensors",
+    "step": "what the optimizer step allocates",
+    "batch": "a step's tokens and labels, and tables of positions",
+    "fragmentation": "of a GPU: what the allocator cannot use",
+    "context": "of a GPU: CUDA, its libraries and NCCL",
+}
+"""What each of `StageMemory.items` is, where there is any of it."""
+
+# A GPU's memory beyond what torch allocates. The context: CUDA's own, kernels, cuBLAS and NCCL's buffers, which grow
+# with the communicators. Fragmentation: a share of what comes and goes within a step; what stays is packed.
+CONTEXT_BYTES = 3 << 29
+FRAGMENTATION = 0.04
 
 
 def stage_memory(config: Config, data: int, cpu: bool = False) -> list[StageMemory]:
     """One entry per pipeline rank, of a run with `data` data-parallel ranks on GPUs, or on CPUs if `cpu`.
 
-    Gradients accumulate in full precision; masters count where weights are narrower. Activations are what forwards
-    keep for their backwards, at the schedule's peak; buffers of collectives, the allocator's waste and the libraries'
-    own memory are left out.
+    Follows the schedule's actions, the passes of `plan.working` and the ZeRO backend's buffers; compiling is left out.
 
     Raises UserError where `recompute.budget` is too small.
     """
-    model, parallel, zero = config.model, config.parallel, config.zero
-    layers, where = split_layers(config), stage_placement(config)
-    width = DTYPES[config.precision].itemsize
-    wide = max(width, 4)
-    shards = data if zero.stage >= 1 else 1
-    table, muon = parameter_table(model), config.optimizer.kind == "muon"
     activations = Activations(config, data, cpu)
     policies = activations.policies()
-    stages = []
-    for rank in range(parallel.pipeline):
-        virtual = [where.virtual(rank, chunk) for chunk in range(parallel.chunks)]
-        names = {
-            name
-            for v in virtual
-            for name in stage_parameters(model, layers[v], v == 0, v == where.virtual_stages - 1)
-        }
-        count = _local_elements(config, names)
-        masters = 0 if width == wide else wide
-        # A tied copy on another stage than its owner is not optimized; Muon keeps one moment where AdamW keeps two.
-        owned = {name for name in names if table[name].tied_to is None}
-        single = {name for name in owned if table[name].role == "matrix"} if muon else set()
-        state = _local_elements(config, owned) * (2 * wide + masters) - _local_elements(config, single) * wide
-        stages.append(
-            StageMemory(
-                layers=[layers[v] for v in virtual],
-                policies=policies[rank],
-                parameters=count,
-                weights=count * width // (data if zero.stage == 3 else 1),
-                gradients=count * wide // (data if zero.stage >= 2 else 1),
-                optimizer=0 if zero.offload else state // shards,
-                activations=activations.peak(rank, policies[rank]),
-            )
-        )
-    return stages
+    place = Place.of(config, cpu)
+    return [_stage(config, data, cpu, activations, place, policies[r], r) for r in range(config.parallel.pipeline)]
+
+
+def _stage(
+    config: Config, data: int, cpu: bool, activations: Activations, place: Place, policies: Policies, rank: int
+) -> StageMemory:
+    layers, where = activations.layers, activations.where
+    virtual = [where.virtual(rank, chunk) for chunk in range(config.parallel.chunks)]
+    last = where.virtual_stages - 1
+    contents = tuple((len(layers[v]), v == 0, v == last) for v in virtual)
+    state = zero_memory(config, data, cpu, contents)
+    held = {"weights": state.weights, "main_grad": state.main_grad, "masters": state.masters, "moments": state.moments}
+    held["batch"] = _batch(config, data)
+    passes = Passes(activations.schedule, rank, place, policies, [(first, end) for _, first, end in contents])
+    best, when = passes.most(state)
+    step = dict(state.step)
+    if sum(step.values()) > sum(best.values()):
+        best, when = step, "optimizer step"
+    items = {item: held.get(item, 0) + best.get(item, 0) for item in ITEMS}
+    if not cpu:
+        coming = sum(best.values())
+        items |= {"fragmentation": int(FRAGMENTATION * coming), "context": CONTEXT_BYTES}
+    return StageMemory(
+        layers=[layers[v] for v in virtual],
+        policies=policies,
+        parameters=state.parameters,
+        weights=state.weights,
+        gradients=state.main_grad,
+        optimizer=state.masters + state.moments,
+        activations=activations.peak(rank, policies),
+        items={item: size for item, size in items.items() if size},
+        when=when,
+    )
+
+
+def _batch(config: Config, data: int) -> int:
+    batch, model = config.batch, config.model
+    tokens = batch.global_samples // data * batch.sequence
+    wide = max(DTYPES[config.precision].itemsize, 4)
+    return 2 * 8 * tokens + (batch.sequence * model.rotary_width * wide if model.position == "rope" else 0)
 
 
 def layer_policies(config: Config, data: int, cpu: bool = False) -> list[Policies]:
@@ -90,17 +133,6 @@ def layer_policies(config: Config, data: int, cpu: bool = False) -> list[Policie
     return Activations(config, data, cpu).policies()
 
 
-def _local_elements(config: Config, names: set[str]) -> int:
-    table, parallel = parameter_table(config.model), config.parallel
-    total = 0
-    for name in names:
-        spec = table[name]
-        if spec.tied_to in names:
-            continue  # the same tensor as its owner
-        total += math.prod(spec.shard(0, parallel.tensor, parallel.vocabulary_multiple).shape)
-    return total
-
-
 class Activations:
     """What forwards keep for their backwards on each pipeline rank of a run."""
 
@@ -108,14 +140,16 @@ class Activations:
         self.config, self.cpu = config, cpu
         parallel, batch = config.parallel, config.batch
         self.where = stage_placement(config)
-        layers = split_layers(config)
+        self.layers = layers = split_layers(config)
         self.counts = [
             [len(layers[self.where.virtual(rank, chunk)]) for chunk in range(parallel.chunks)]
             for rank in range(parallel.pipeline)
         ]
-        # The pipeline is full long before this many micro-batches; more change no peak.
-        steps = min(batch.global_samples // (batch.micro * data), 4 * parallel.pipeline)
-        self.schedule = schedule(parallel.schedule, parallel.pipeline, parallel.chunks, steps)
+        steps = batch.global_samples // (batch.micro * data)
+        if parallel.schedule != "gpipe":  # which keeps them all
+            # The pipeline is full long before this many micro-batches; more change no peak.
+            steps = min(steps, 4 * parallel.pipeline)
+        self.schedule = cached_schedule(parallel.schedule, parallel.pipeline, parallel.chunks, steps)
         self.layer = {policy: layer_activations(config, cpu, policy) for policy in _RANKED}
 
     def policies(self) -> list[Policies]:
@@ -135,8 +169,9 @@ class Activations:
             kept[self.where.chunk(last)] += self._head()
         deferred = [len(chunk) * deferred_activations(self.config) for chunk in policies]
         again = max(self.layer["none"] - self.layer[policy] for chunk in policies for policy in chunk)
-        held = _held(self.schedule, rank) @ np.array(kept + deferred, dtype=np.int64)
-        return int(held.max()) + again
+        made, where = self.schedule, self.where
+        counts = levels(made.name, where.stages, where.chunks, made.micro_batches, rank).after
+        return int((counts @ np.array(kept + deferred, dtype=np.int64)).max()) + again
 
     def _head(self) -> int:
         """What the norm keeps, and the gradients of the projection's input and weight, which its forward makes."""
@@ -180,17 +215,6 @@ def _mix(layers: int, amounts: dict[Policy, int]) -> list[Policy]:
     mixed = [policy for policy in _RANKED for _ in range(amounts.get(policy, 0))]
     rest: list[Policy] = ["none"] * layers
     return [*mixed, *rest][:layers]
-
-
-def _held(schedule: Schedule, rank: int) -> npt.NDArray[np.int64]:
-    """[actions, 2 x chunks]: after each, how many micro-batches of each chunk are kept for a backward, then for their
-    weights' gradients."""
-    chunks = schedule.placement.chunks
-    changes = np.zeros((len(schedule.actions[rank]), 2 * chunks), dtype=np.int64)
-    for row, action in zip(changes, schedule.actions[rank], strict=True):
-        row[action.chunk] = (action.kind is Kind.FORWARD) - (action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT))
-        row[chunks + action.chunk] = (action.kind is Kind.BACKWARD_INPUT) - (action.kind is Kind.BACKWARD_WEIGHT)
-    return changes.cumsum(0)
 
 
 def _tokens(config: Config) -> int:

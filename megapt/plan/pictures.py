@@ -12,13 +12,14 @@ from megapt.parallel.pipeline import timeline as timelines
 from megapt.parallel.pipeline.schedules import schedule
 from megapt.parallel.pipeline.simulate import Costs, simulate
 from megapt.parallel.pipeline.timeline import Timeline
+from megapt.plan.memory import ITEMS
 from megapt.plan.search import Option, Plan, room, search
 from megapt.plan.table import memory_items
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
+_COLOURS = ("#4c72b0", "#dd8452")
 _MOST_BARS = 64
 _SHOWN = 480  # actions of a rank that can still be told apart
 
@@ -33,17 +34,21 @@ class Point:
 
 def memory(plan: Plan, option: Option, path: StrPath) -> None:
     """Stacked bars: what a rank of each pipeline stage holds, by item, under the line of what there is."""
+    from matplotlib import colormaps
+
     figure = _figure(max(8.0, 3.0 + 0.4 * len(option.stages)), 4.2)
     axis = figure.subplots()
     places, bottom = range(len(option.stages)), [0.0] * len(option.stages)
     items = [memory_items(stage) for stage in option.stages]
-    for colour, name in zip(_COLOURS, (n for n in items[0] if any(item[n] for item in items)), strict=False):
-        heights = [item[name] / 2**30 for item in items]
+    names = [name for name in ITEMS if any(item.get(name) for item in items)]
+    for colour, name in zip(colormaps["tab20"].colors, names, strict=False):  # type: ignore[attr-defined]
+        heights = [item.get(name, 0) / 2**30 for item in items]
         axis.bar(places, heights, 0.8, bottom, label=name.replace("_", " "), color=colour)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     whole, usable = plan.hardware.memory.gib, room(plan.hardware, plan.margin) / 2**30
     axis.axhline(whole, color="black", linewidth=1, label=f"{plan.hardware.name}: {whole:g} GiB")
-    axis.axhline(usable, color="black", linewidth=1, linestyle="--", label=f"{plan.margin:.0%} margin: {usable:.1f} GiB")
+    margin = f"{plan.margin:.0%} margin: {usable:.1f} GiB"
+    axis.axhline(usable, color="black", linewidth=1, linestyle="--", label=margin)
     every = -(-len(places) // _MOST_BARS)
     axis.set_xticks(list(places)[::every])
     axis.set_xlabel("pipeline rank")
@@ -51,7 +56,7 @@ def memory(plan: Plan, option: Option, path: StrPath) -> None:
     axis.set_xlim(-0.6, max(len(places), 4) - 0.4)
     axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Memory by stage: {option.layout}", fontsize=9)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     _save(figure, path)
 
 
@@ -61,8 +66,11 @@ def timeline(option: Option, path: StrPath) -> None:
     batch = option.config.batch
     micro_batches = batch.global_samples // (layout.micro * layout.dp)
     shown = 1 + max(span.action.micro_batch for spans in found.ranks for span in spans)
-    how_many = f"{micro_batches} micro-batches" if shown == micro_batches else f"{shown} of {micro_batches} micro-batches"
-    timelines.draw({f"{layout}, {how_many}": found}, path)
+    how_many = f"{shown} micro-batches"
+    if shown < micro_batches:
+        whole = f"{option.seconds:.4g} s, {option.time.bubble_share:.1%} of it waiting"
+        how_many = f"{shown} of {micro_batches} micro-batches (the whole step: {whole})"
+    timelines.draw({f"{layout}\n{how_many}": found}, path)
 
 
 def simulated(option: Option) -> Timeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from megapt.config import Config, Loaded, load
 from megapt.files import write_whole
 from megapt.plan.search import Option, Plan
-from megapt.plan.table import details, printed, ranking, summary, title
+from megapt.plan.table import WIDTH, details, printed, ranking, summary, title
 
 _MARK = "# Chosen by `"
 # Written although they are the defaults: what a reader looks for in a layout.
@@ -44,8 +45,9 @@ def text(
     tables = [*printed(ranking(plan, rows)).splitlines(), "", *printed(details(plan, rows)).splitlines()]
     chosen = next((number for number, row in enumerate(rows, 1) if row is option), 0)
     which = f"Number {chosen} is this file's." if chosen else f"This file's: {option.layout}."
-    comment = [f"{_MARK}{command}`:", title(plan), "", *tables, "", which, *summary(plan).splitlines(), *notes]
-    shown = [line if line.startswith("#") else f"# {line}".rstrip() for line in comment]
+    after = [line for said in (which, *summary(plan).splitlines()) for line in textwrap.wrap(said, WIDTH)]
+    comment = [title(plan), "", *tables, "", *after, *notes]
+    shown = [f"{_MARK}{command}`:", *(f"# {line}".rstrip() for line in comment)]
     own = first_comment(source)
     head = [*own, "#"] if own else []
     return "\n".join([*head, *shown, body(loaded, option.config)])

@@ -11,16 +11,16 @@ from pathlib import Path
 from megapt.files import StrPath, write_whole
 from megapt.plan import pictures
 from megapt.plan.flops import CONVENTION
-
 from megapt.plan.search import Option, Plan, room
-from megapt.plan.table import gib, loss, memory_items, summary, title
+from megapt.plan.table import gib, loss, memory_groups, memory_items, summary, title
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+table { display: block; overflow-x: auto; }
 th, td { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th { background: #f4f4f4; text-align: right; } td.text, th.text { text-align: left; } td.wrap { white-space: normal; }
+th { background: #f4f4f4; text-align: right; } td.text, th.text { text-align: left; }
 tr.best td { background: #eef6ee; font-weight: 600; }
 img { max-width: 100%; height: auto; } pre { background: #f7f7f7; padding: 1em; overflow-x: auto; font-size: 12.5px; }
 .small { color: #555; font-size: 13px; white-space: pre-line; }
@@ -51,7 +51,7 @@ def write(
     notes: Sequence[str] = (),
     drawn: dict[str, Path] | None = None,
 ) -> None:
-    """The report. yaml: the chosen config's; notes: further lines; drawn: what `draw` gave, where it has been called."""
+    """The report. yaml: the chosen config's; notes: further lines; drawn: what `draw` gave, if it has been called."""
     if drawn is None:
         with tempfile.TemporaryDirectory(prefix="plan-") as folder:
             shown = _inline(draw(plan, Path(folder)))
@@ -87,9 +87,8 @@ def _inline(drawn: dict[str, Path]) -> dict[str, str]:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], text: set[int], best: int | None = None) -> str:
     def row(cells: Sequence[str], tag: str, mark: str = "") -> str:
-        made = (
-            f"<{tag}{' class=text' if column in text else ''}>{escape(cell)}</{tag}>" for column, cell in enumerate(cells)
-        )
+        kinds = (" class=text" if column in text else "" for column in range(len(cells)))
+        made = (f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
         return f"<tr{mark}>" + "".join(made) + "</tr>"
 
     body = [row(cells, "td", " class=best" if number == best else "") for number, cells in enumerate(rows)]
@@ -97,11 +96,12 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], text: set[int
 
 
 def _ranking(plan: Plan, options: Sequence[Option]) -> str:
-    items = [name for name in memory_items(plan.best.worst) if any(memory_items(o.worst)[name] for o in options)]
-    headings = ["#", "layout", "s/step", "tokens/s", "per GPU", "MFU", "bubble", "collectives", "GiB", *items, "against the best"]
+    items = [name for name in memory_groups(plan.best.worst) if any(memory_groups(o.worst)[name] for o in options)]
+    headings = ["#", "layout", "s/step", "tokens/s", "per GPU", "MFU", "bubble", "collectives", "GiB"]
+    headings += [*items, "against the best"]
     rows = []
     for number, option in enumerate(options, 1):
-        time, held = option.time, memory_items(option.worst)
+        time, held = option.time, memory_groups(option.worst)
         rows.append(
             [
                 str(number),
@@ -128,14 +128,14 @@ def _times(options: Sequence[Option]) -> str:
 
 
 def _stages(plan: Plan, option: Option) -> str:
-    items = [name for name in memory_items(option.worst) if any(memory_items(s)[name] for s in option.stages)]
+    items = list(dict.fromkeys(name for stage in option.stages for name in memory_items(stage)))
     limit = room(plan.hardware, plan.margin)
     rows = []
     for rank, stage in enumerate(option.stages):
         layers = " + ".join(str(len(chunk)) for chunk in stage.layers)
         held = memory_items(stage)
         rows.append(
-            [str(rank), layers, f"{stage.parameters:,}", *(gib(held[name]) for name in items), gib(stage.total)]
+            [str(rank), layers, f"{stage.parameters:,}", *(gib(held.get(name, 0)) for name in items), gib(stage.total)]
             + [gib(limit - stage.total)]
         )
     headings = ["rank", "layers", "parameters", *(name.replace("_", " ") for name in items), "GiB", "free"]

@@ -66,9 +66,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """ranked: fastest first, all that were worked out and fit; front: of these, the ones that none beats in both
-    throughput and memory, fastest first; backend, only: what was asked for; tight: of each tensor and pipeline size of which none fits, the layout that
-    needs least and its bytes at least; legal: layouts in all; timed: those that were worked out."""
+    """What the search found.
+
+    ranked: fastest first, all that were worked out and fit; front: of these, the ones that none beats in both
+    throughput and memory, fastest first; tight: of each tensor and pipeline size of which none fits, the layout that
+    needs least and its bytes at least; legal: layouts in all; timed: those that were worked out; backend, only: what
+    was asked for.
+    """
 
     config: Config
     world: int
@@ -106,9 +110,12 @@ def is_cpu(hardware: Hardware) -> bool:
 
 def evaluate(config: Config, layout: Layout, hardware: Hardware) -> Option:
     """A layout worked out, whether it fits or not."""
-    made = layout.on(config)
-    stages = stage_memory(made, layout.dp, cpu=is_cpu(hardware))
-    return _timed(made, layout, hardware, stages)
+    return _timed(layout.on(config), layout, hardware, evaluate_memory(config, layout, hardware))
+
+
+def evaluate_memory(config: Config, layout: Layout, hardware: Hardware) -> list[StageMemory]:
+    """What each stage's ranks hold, without the time of a step."""
+    return stage_memory(layout.on(config), layout.dp, cpu=is_cpu(hardware))
 
 
 def _timed(made: Config, layout: Layout, hardware: Hardware, stages: list[StageMemory]) -> Option:
@@ -298,10 +305,9 @@ class _Search:
         layout = candidate.whole()
         if candidate.layout.recompute.startswith("budget"):
             layout = candidate.layout
-        made = layout.on(self.config)
         self.timed += 1
         try:
-            stages = stage_memory(made, layout.dp, cpu=is_cpu(self.hardware))
+            stages = evaluate_memory(self.config, layout, self.hardware)
         except UserError:  # a budget of activations that the layout cannot keep
             return
         size = max(stage.total for stage in stages)
@@ -309,7 +315,7 @@ class _Search:
             self._note_tight(layout, size)
             self._push_more(candidate, size)
             return
-        option = _timed(made, layout, self.hardware, stages)
+        option = _timed(layout.on(self.config), layout, self.hardware, stages)
         self.found.append(option)
         if not any(seconds <= option.seconds and held <= size for seconds, held in self.front):
             self.front = [(seconds, held) for seconds, held in self.front if seconds < option.seconds or held < size]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from megapt.plan.memory import StageMemory
@@ -22,9 +21,27 @@ def gib(size: float) -> str:
 
 def memory_items(stage: StageMemory) -> dict[str, int]:
     """Bytes of a stage's rank by what they are; they add up to `stage.total`."""
-    skipped = ("parameters",)
-    found = {item.name: getattr(stage, item.name) for item in fields(stage) if item.name not in skipped}
-    return {name: value for name, value in found.items() if isinstance(value, int)}
+    return {name: size for name, size in stage.items.items() if size}
+
+
+# Columns of tables, and the items of `plan.memory.ITEMS` in each; what is named nowhere is in the last but one.
+_GROUPS = {
+    "weights": ("weights",),
+    "grads": ("main_grad",),
+    "optimizer": ("masters", "moments"),
+    "activ.": ("activations", "deferred"),
+    "buckets": ("buckets",),
+    "working": (),
+    "overhead": ("fragmentation", "context"),
+}
+
+
+def memory_groups(stage: StageMemory) -> dict[str, int]:
+    """`memory_items` in the columns of a table."""
+    found = dict.fromkeys(_GROUPS, 0)
+    for name, size in memory_items(stage).items():
+        found[next((group for group, names in _GROUPS.items() if name in names), "working")] += size
+    return found
 
 
 def title(plan: Plan) -> str:
@@ -69,14 +86,17 @@ def ranking(plan: Plan, options: Sequence[Option], heading: str | None = None) -
 
 
 def details(plan: Plan, options: Sequence[Option]) -> Table:
-    """Of the same rows, the memory of the rank that holds most by item in GiB, and what each loses against the best."""
-    items = [name for name in memory_items(options[0].worst) if any(memory_items(o.worst)[name] for o in options)]
+    """Of the same rows, the memory of the rank that holds most by item in GiB, and what each loses against the best.
+
+    working: gathered sequences, logits, transfers and other short-lived tensors; overhead: of the allocator and CUDA.
+    """
+    items = [name for name in _GROUPS if any(memory_groups(option.worst)[name] for option in options)]
     table = _table(None)
-    for name in ("#", *map(_short, items), "GiB"):
+    for name in ("#", *items, "GiB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("step against the best's, and by what", overflow="fold")
     for number, option in enumerate(options, 1):
-        held = memory_items(option.worst)
+        held = memory_groups(option.worst)
         against = "" if option is plan.best else loss(plan.best, option)
         table.add_row(str(number), *(gib(held[name]) for name in items), gib(option.bytes), against)
     return table
@@ -95,15 +115,11 @@ def _schedule(option: Option) -> str:
     return layout.schedule + (f" x{layout.chunks}" if layout.schedule == "interleaved" else "")
 
 
-def _short(name: str) -> str:
-    return {"gradients": "grads", "optimizer": "optim.", "activations": "activ."}.get(name, name.replace("_", " "))
-
-
 def loss(best: Option, option: Option) -> str:
     """By how much a layout is slower, and the items that it loses most by."""
     slower = option.seconds / best.seconds - 1
-    worse = {name: option.time.items[name] - best.time.items.get(name, 0.0) for name in option.time.items}
-    reasons = sorted(((seconds, name) for name, seconds in worse.items() if seconds > 0.002 * best.seconds), reverse=True)
+    worse = ((option.time.items[name] - best.time.items.get(name, 0.0), name) for name in option.time.items)
+    reasons = sorted((item for item in worse if item[0] > 0.002 * best.seconds), reverse=True)
     text = ", ".join(f"{name} +{seconds / best.seconds:.1%}" for seconds, name in reasons[:2])
     return f"+{slower:.1%}" + (f": {text}" if text else "")
 
@@ -112,12 +128,12 @@ def summary(plan: Plan) -> str:
     """How the ranking came about, and what fits nowhere."""
     text = (
         f"{plan.legal:,} legal layouts, {plan.timed:,} worked out, the others bounded; comm.: waiting for collectives; "
-        "per item: the rank that holds most"
+        "GiB: of the rank that holds most"
     )
     if plan.tight:
         cells = sorted(plan.tight.items())
-        shown = ", ".join(f"tp={tp} pp={pp}: {gib(size)}" for (tp, pp), (_, size) in cells[:8])
-        more = f" and {len(cells) - 8} more" if len(cells) > 8 else ""
+        shown = ", ".join(f"tp={tp} pp={pp}: {gib(size)}" for (tp, pp), (_, size) in cells[:5])
+        more = f" and {len(cells) - 5} more" if len(cells) > 5 else ""
         text += f"\ndo not fit whatever is recomputed (GiB at least): {shown}{more}"
     return text
 

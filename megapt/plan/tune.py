@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,7 @@ GROUPS = {
 """Items of a step that share a factor; all others share a third one."""
 
 NAMES = (*GROUPS, "the rest")
-_HELD = 0.1  # how much a factor's distance from the common one counts, beside the error of one trial
+_HELD = 0.05  # how much a factor's distance from the common one counts, beside the error of one trial
 _LEAST = 0.05
 
 
@@ -97,18 +97,18 @@ def tune(
     run: takes a layout's steps, default on this machine's ranks. Raises UserError where every trial fails.
     """
     tuning = Tuning(plan)
-    waiting = list(plan.ranked)
+    waiting = different(plan.ranked)
     while waiting and len(tuning.trials) < trials:
         option = min(waiting, key=tuning.corrected)
         waiting.remove(option)
         expected = tuning.corrected(option)
         trial = run(option) if run is not None else on_this_machine(loaded, option, steps)
         tuning.trials.append(trial)
-        number = f"{len(tuning.trials)}/{min(trials, len(plan.ranked))} {option.layout}: "
+        number = f"{len(tuning.trials)}/{min(trials, len(waiting) + len(tuning.trials))} {option.layout}: "
         if trial.seconds is None:
             say(f"{number}failed: {trial.error}")
             continue
-        say(f"{number}{trial.seconds:.4g} s per step, {option.seconds:.4g} planned, {expected:.4g} with what was measured")
+        say(f"{number}{trial.seconds:.4g} s per step; planned {option.seconds:.4g}, after other trials {expected:.4g}")
         done = [one for one in tuning.trials if one.seconds is not None]
         planned = np.stack([parts(one.option) for one in done])
         tuning.factors = fit(planned, np.array([one.seconds for one in done]))
@@ -116,6 +116,16 @@ def tune(
         reasons = "; ".join(f"{trial.option.layout}: {trial.error}" for trial in tuning.trials)
         raise UserError(f"none of {len(tuning.trials)} layouts could be run: {reasons}")
     return tuning
+
+
+def different(options: Sequence[Option]) -> list[Option]:
+    """The best of all that share tensor and pipeline size and ZeRO stage, and the best with another micro-batch."""
+    found: dict[tuple[int, int, str], list[Option]] = {}
+    for option in options:
+        same = found.setdefault((*option.layout.cell, option.layout.zero), [])
+        if len(same) < 2 and all(option.layout.micro != other.layout.micro for other in same):
+            same.append(option)
+    return sorted((option for same in found.values() for option in same), key=lambda option: option.seconds)
 
 
 def on_this_machine(loaded: Loaded, option: Option, steps: int, warmup: int = 2, timeout: float = 900.0) -> Trial:

@@ -112,20 +112,20 @@ def built_in() -> list[Shape]:
 
 
 def _families() -> list[Shape]:
+    """As much as goes together of Gemma 2 and 3 (norms before and after and of each head, caps, windows in every other
+    layer), of OLMo 2 and Phi-3 (norms after and of all heads as one, windows, longrope), and GPT-NeoX (attention and
+    MLP beside each other, heads that turn in part)."""
+    yarn = {"kind": "yarn", "factor": 4.0}
     longrope = {"kind": "longrope", "factor": 4.0, "short_factors": [1.0] * 4, "long_factors": [1.0, 1.5, 2.0, 4.0]}
-    gemma2: dict[str, Any] = {"kv_heads": 2, "activation": "gelu_tanh", "tied_embeddings": True}
-    gemma2 |= {"norm_placement": "both", "norm_offset": True, "embedding_scale": 32**0.5, "logit_softcap": 30.0}
-    gemma2 |= {"window": 4096, "window_pattern": 2, "attention_softcap": 50.0, "attention_scale": 0.25}
+    gemma: dict[str, Any] = {"kv_heads": 2, "activation": "gelu_tanh", "tied_embeddings": True, "rope_scaling": yarn}
+    gemma |= {"norm_placement": "both", "norm_offset": True, "qk_norm": "head", "embedding_scale": 32**0.5}
+    gemma |= {"window": 4096, "window_pattern": 2, "attention_softcap": 50.0, "logit_softcap": 30.0}
+    olmo = {"kv_heads": 2, "norm_placement": "after", "qk_norm": "whole", "rope_scaling": longrope, "window": 4096}
     neox: dict[str, Any] = {"norm": "layer_norm", "gated": False, "activation": "gelu", "bias": "all"}
     neox |= {"parallel_residual": True, "rotary_dim": 2}
-    olmo2 = {"kv_heads": 2, "norm_placement": "after", "qk_norm": "whole", "rope_scaling": longrope}
-    qwen3 = {"kv_heads": 2, "qk_norm": "head", "rope_scaling": {"kind": "yarn", "factor": 4.0}}
-    mistral = {"kv_heads": 2, "window": 4096}
     shapes = [
-        _built_in("gemma2", True, **gemma2),
+        _built_in("gemma", True, **gemma, attention_scale=0.25),
+        _built_in("olmo", False, **olmo),
         _built_in("neox", False, **neox),
-        _built_in("olmo2", False, **olmo2),
-        _built_in("qwen3", True, **qwen3),
-        _built_in("mistral", False, **mistral),
     ]
     return [replace(shape, brief=True) for shape in shapes]

@@ -11,6 +11,7 @@ import torch
 
 from megapt import checkpoint
 from megapt.checkpoint import Saver
+from megapt.checkpoint import plan as planning
 from megapt.errors import UserError
 from megapt.mesh import ParallelMesh
 from megapt.model.table import parameter_table
@@ -37,9 +38,10 @@ def check(path: Path, layout: Layout, mesh: ParallelMesh) -> None:
     check_loaded(target)
 
 
-def both_ways(rank: int, world: int, folder: str) -> None:
+def both_ways(rank: int, world: int, folder: str, piece_bytes: int) -> None:
     """Each layout saves in the foreground and in the background; training changes everything meanwhile. The second
     save has to wait for the first, and nothing is left beside the two checkpoints."""
+    planning.PIECE_BYTES = piece_bytes
     table = parameter_table(LLAMA)
     for number, layout in enumerate(LAYOUTS):
         mesh = ParallelMesh.create(layout.pp, layout.dp, layout.tp, torch.device("cpu"))

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,9 +29,15 @@ from tests.checkpoint.fakes import LLAMA, Layout, check_loaded, fragments, meta_
 ONE = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
 
 
-def test_the_background_writes_the_same_files(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[Ranks]:
     with Ranks(4) as ranks:
-        ranks.run(both_ways, str(tmp_path))
+        yield ranks
+
+
+@pytest.mark.parametrize("piece_bytes", [16 << 20, 1], ids=["gathered", "in pieces"])
+def test_the_background_writes_the_same_files(tmp_path: Path, four_ranks: Ranks, piece_bytes: int) -> None:
+    four_ranks.run(both_ways, str(tmp_path), piece_bytes)
     for number, layout in enumerate(LAYOUTS):
         one, other = (tmp_path / f"{number}-{where}" / "step-00000001" for where in ("foreground", "background"))
         files = sorted(path.name for path in one.iterdir())
@@ -39,6 +46,11 @@ def test_the_background_writes_the_same_files(tmp_path: Path) -> None:
         for name in files:
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
         assert {path.name for path in other.parent.iterdir()} == {"step-00000001", "step-00000002"}
+        slices = [len(t.kinds["weight"].slices) for t in checkpoint.read_index(other).tensors.values()]
+        assert (max(slices) > layout.tp) == (piece_bytes == 1)
+        target = fragments(LLAMA, Layout(), 0, 0, 0, fill=float("nan"))
+        checkpoint.load(other, target, ONE, LLAMA)
+        check_loaded(target)
 
 
 def test_a_writer_that_fails_loses_its_checkpoint_alone(tmp_path: Path) -> None:
@@ -90,6 +102,44 @@ def test_kill_9_takes_the_writer_along_and_leaves_no_lock(tmp_path: Path, monkey
     checkpoint.load(tmp_path, target, ONE, LLAMA)
     check_loaded(target)
     assert not list(tmp_path.glob(".*"))
+
+
+def _save_and_wait(folder: Path, pipe: Connection) -> None:
+    saver = Saver(ONE)
+    saver.save(folder, 1, fragments(LLAMA, Layout(), 0, 0, 0), meta_of(LLAMA), background=True)
+    saver.finish()
+    assert saver._writer is not None
+    pipe.send(saver._writer.pid)
+    time.sleep(600)
+
+
+def test_kill_9_takes_a_writer_without_work_along(tmp_path: Path) -> None:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_save_and_wait, args=(tmp_path, there))
+    process.start()
+    there.close()
+    writer = psutil.Process(here.recv())
+    process.kill()
+    process.join()
+    _, alive = psutil.wait_procs([writer], timeout=30)
+    assert not alive or writer.status() == psutil.STATUS_ZOMBIE
+    FolderLock(tmp_path).close()
+
+
+def test_a_lock_whose_file_was_just_given_back_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder removes the file between our opening and locking it."""
+    really, removed = lock.fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        really(descriptor, operation)
+        if not removed:
+            removed.append(descriptor)
+            (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    made = FolderLock(tmp_path)
+    assert removed and made.held
+    made.close()
 
 
 def test_one_folder_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapt import checkpoint
+from megapt.checkpoint import plan as planning
 from megapt.checkpoint import written
 from megapt.checkpoint.plan import Piece, plan
 from megapt.config import ModelConfig
@@ -53,9 +55,7 @@ def test_four_ranks_save_and_load_every_layout(tmp_path: Path) -> None:
     counts = run_ranks(4, every_layout_to_every_layout, str(tmp_path))
     assert all(count > 1000 for count in counts)
     without_zero = next(step for step, layout in enumerate(LAYOUTS) if layout.dp == 4)
-    sizes = [
-        f.stat().st_size for f in (tmp_path / f"llama/step-{without_zero:08d}").glob("rank-*.safetensors")
-    ]
+    sizes = [f.stat().st_size for f in (tmp_path / f"llama/step-{without_zero:08d}").glob("rank-*.safetensors")]
     assert len(sizes) == 4 and max(sizes) < 1.3 * min(sizes)  # all hold everything, and share the writing
     # One process reads what four wrote, and the tied copy and the padding are nowhere.
     for name, model in (("llama", LLAMA), ("gpt2", GPT2)):
@@ -240,9 +240,7 @@ def test_an_incomplete_model_is_not_committed(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, 1, fragments(LLAMA, Layout(tp=2), 0, 0, 0), ONE, {}, table)
     at = next(n for n, f in enumerate(whole) if f.parameter.spec.name == "layers.0.mlp_norm.weight")
     whole[at] = Fragment(whole[at].parameter, 0, 8, {k: t[:8] for k, t in whole[at].tensors.items()})
-    with pytest.raises(
-        UserError, match="no data-parallel rank holds element 8 of weight of layers.0.mlp_norm"
-    ):
+    with pytest.raises(UserError, match="no data-parallel rank holds element 8 of weight of layers.0.mlp_norm"):
         checkpoint.save(tmp_path, 1, whole, ONE, {})
     assert list(tmp_path.iterdir()) == []
 
@@ -276,9 +274,7 @@ def test_safetensors_and_json_are_all_there_is(tmp_path: Path) -> None:
 @given(
     st.integers(1, 6).flatmap(
         lambda ranks: st.lists(
-            st.tuples(
-                st.integers(1, 40), st.lists(st.integers(0, 40), min_size=ranks - 1, max_size=ranks - 1)
-            ),
+            st.tuples(st.integers(1, 40), st.lists(st.integers(0, 40), min_size=ranks - 1, max_size=ranks - 1)),
             min_size=1,
             max_size=8,
         )
@@ -294,16 +290,53 @@ def test_plans_take_every_element_once(tensors: list[tuple[int, list[int]]]) -> 
             if bounds[rank] < bounds[rank + 1]:
                 piece = Piece(f"p{number}", "weight", "F32", (size,), shard, bounds[rank], bounds[rank + 1])
                 pieces[rank].append(piece)
-    items = plan(pieces)
-    load = [0] * ranks
+    items, load = plan(pieces), [0] * ranks
     for item in items:
         load[item.writer] += item.rectangle.slot.nbytes
-        assert item.sources[0][1] == 0 and item.sources[-1][2] == item.rectangle.shape[0]
+        name, size = item.rectangle.name, item.rectangle.shape[0]
+        assert item.sources[0][1] == 0 and item.sources[-1][2] == size
         assert all(a[2] == b[1] for a, b in zip(item.sources, item.sources[1:], strict=False))
         for rank, start, stop in item.sources:
-            assert any(p.name == item.rectangle.name and p.start <= start and stop <= p.stop for p in pieces[rank])
+            assert any(p.name == name and p.start <= start and stop <= p.stop for p in pieces[rank])
+        alone = [
+            rank for rank, own in enumerate(pieces) if any((p.name, p.stop - p.start) == (name, size) for p in own)
+        ]
+        assert alone in ([], [item.writer])
+    assert len({item.rectangle.name for item in items}) == len(items) == len(tensors)
     largest = max(item.rectangle.slot.nbytes for item in items)
-    assert max(load) <= 1.05 * sum(load) / ranks + largest
+    fixed = [sum(i.rectangle.slot.nbytes for i in items if len(i.sources) == 1 and i.writer == r) for r in range(ranks)]
+    assert all(n == f or n <= 1.05 * sum(load) / ranks + largest for n, f in zip(load, fixed, strict=True))
+    assert [len(item.sources) > 1 for item in items] == sorted([len(item.sources) > 1 for item in items], reverse=True)
+
+
+@given(
+    st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(0, 1), st.integers(1, 3), st.booleans()),
+    st.lists(st.integers(0, 42), max_size=4),
+)
+def test_large_pieces_are_written_where_they_are(form: tuple[int, int, int, int, bool], inner: list[int]) -> None:
+    """Any cut of the flat shard becomes at most three rectangles per rank, which cover the shard once."""
+    rows, columns, dim, parts, vector = form
+    shape = (rows * parts,) if vector else (rows * parts, columns) if dim == 0 else (rows, columns * parts)
+    spec = ParameterSpec("w", shape, Split(0 if vector else dim))
+    shard = spec.shard(parts - 1, parts)
+    size = torch.Size(shard.shape).numel()
+    bounds = [0, *sorted(min(cut, size) for cut in inner), size]
+    pieces = [[Piece("w", "weight", "F32", shape, shard, a, b)] if a < b else [] for a, b in pairwise(bounds)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "PIECE_BYTES", 1)
+        items = plan(pieces)
+    flat = torch.arange(1, size + 1)
+    whole = torch.zeros(shape, dtype=torch.long)
+    for item in items:
+        (source,) = item.sources
+        rank, start, stop = source
+        assert rank == item.writer and any(p.start <= start and stop <= p.stop for p in pieces[rank])
+        box = tuple(slice(a, a + n) for a, n in zip(item.rectangle.offset, item.rectangle.extent, strict=True))
+        whole[box] += flat[start:stop].view(item.rectangle.extent)
+    assert torch.equal(whole[shard.slices()].flatten(), flat) and int(whole.sum()) == int(flat.sum())
+    for rank in range(len(pieces)):
+        own = [item.rectangle.key for item in items if item.writer == rank]
+        assert len(own) == len(set(own)) <= 3
 
 
 def test_without_zero_nothing_is_sent() -> None:

@@ -190,6 +190,23 @@ def test_averages_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tensor_without_a_weight_is_refused(tmp_path: Path) -> None:
+    tensors = {(name, "weight"): true_value(name, "weight", spec.shape) for name, spec in TABLE.items()}
+    path = write(tmp_path / "c", {**tensors, ("extra", "exp_avg"): torch.zeros(3)}, meta_of(SMALL))
+    jobs = [
+        lambda: average.average(tmp_path / "out", [path, path]),
+        lambda: export_weights(path, tmp_path / "out"),
+        lambda: load(path),
+    ]
+    for job in jobs:
+        with pytest.raises(UserError, match="without a weight: extra\nnot in the model: extra"):
+            job()
+    with pytest.raises(UserError, match="holds no extra"):
+        list(checkpoint.load_weights(path))
+    (problem,) = verify.verify(path).problems
+    assert "without a weight: extra" in problem and not (tmp_path / "out").exists()
+
+
 # Describe
 
 

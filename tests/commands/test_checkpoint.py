@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from megapt import checkpoint
+from megapt.checkpoint import verify as job
 from megapt.cli import app
 from megapt.errors import UserError
 from megapt.mesh import ParallelMesh
+from tests.checkpoint import handmade
 from tests.checkpoint.fakes import LLAMA, Layout, fragments, meta_of
 
 SMALL = LLAMA.model_copy(update={"layers": 1})
@@ -52,7 +55,22 @@ def test_inspect(saved: Path) -> None:
     assert (found["step"], found["loss"], found["model"]["hidden"]) == (5, 2.5, 12) and "tensors" not in found
 
 
-def test_verify(saved: Path, tmp_path: Path) -> None:
+def test_inspect_obeys_no_stranger(saved: Path) -> None:
+    meta = {**meta_of(SMALL), "layout": {"\x1b[2J": "\x1b[31m"}, "versions": {"a\nb": 1}}
+    one = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
+    printed = run("inspect", checkpoint.save(saved.parent, 6, fragments(SMALL, Layout(), 0, 0, 0), one, meta)).output
+    assert "\x1b" not in printed and r"'\x1b[2J' '\x1b[31m'" in printed and r"'a\nb' 1" in printed
+
+
+def test_diff_in_json_is_json(tmp_path: Path) -> None:
+    for name, value in (("a", math.nan), ("b", 2.0)):
+        handmade.write(tmp_path / name, {("norm.weight", "weight"): torch.tensor([1.0, value])}, {})
+    result = run("diff", tmp_path / "a", tmp_path / "b", "--json")
+    found = json.loads(result.output, parse_constant=pytest.fail)
+    assert result.exit_code == 1 and found["tensors"][0]["largest"] is None and found["tensors"][0]["elements"] == 1
+
+
+def test_verify(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("verify", saved, saved.parent)
     assert result.exit_code == 0 and result.output.count(" is sound; 12 tensors, 36 slices, ") == 2
     spoil(saved)
@@ -64,8 +82,9 @@ def test_verify(saved: Path, tmp_path: Path) -> None:
     (saved / "index.json").write_text("{}")
     result = run("verify", saved)
     assert result.exit_code == 1 and "the hash of index.json is not the one in COMMITTED" in result.output
+    monkeypatch.setattr(job, "verify", lambda *_: pytest.fail("read before the paths were looked at"))
     with pytest.raises(UserError, match="there is no checkpoint"):
-        run("verify", tmp_path / "nowhere")
+        run("verify", saved, tmp_path / "nowhere")
 
 
 def test_average_diff_and_export(saved: Path, tmp_path: Path) -> None:
@@ -86,3 +105,4 @@ def test_average_diff_and_export(saved: Path, tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "weights").iterdir()} == {"model.safetensors", "config.json"}
     with pytest.raises(UserError, match="already exists"):
         run("export-weights", saved, tmp_path / "weights")
+    assert run("export-weights", saved, tmp_path / "other", "--shard-gb", "inf").exit_code == 2

@@ -68,7 +68,7 @@ def test_refusals() -> None:
     with pytest.raises(UserError, match="layers_per_stage belongs to one layout"):
         resolve(auto({"auto": "cpu", "layers_per_stage": "4"}), 8, CPU)
     with pytest.raises(UserError, match=r"parallel: auto: the model fits in no layout of 1 ranks"):
-        resolve(loaded({"layers": 64, "hidden": 8192, "heads": 64, "ffn": 28672}, parallel="auto"), 1, CPU)
+        resolve(loaded({"hidden": 2048, "ffn": 8192}, parallel="auto"), 1, CPU)
     with pytest.raises(UserError, match="`parallel`"):
         auto("automatic")
 

@@ -55,7 +55,7 @@ def test_the_rule_that_is_broken(plan: Plan, text: str, message: str) -> None:
 
 
 def test_memory_that_lacks() -> None:
-    plan = search(config(), 8, gpu(4))
+    plan = search(config(), 8, gpu(2.5))
     found = explain(plan, Wanted.parse("tp=1,pp=1,zero=native-0"))
     assert "does not fit" in found.verdict and found.option is not None
     assert f"needs {found.option.bytes / 2**30:,.1f} GiB" in found.verdict

@@ -51,7 +51,7 @@ def test_flops_follow_the_published_formula() -> None:
 def test_presets_fit_their_hardware(preset: str, world: int) -> None:
     config = load(CONFIGS / f"{preset}.yaml", ["parallel.vocabulary_multiple=1"]).config
     stages = stage_memory(config, check_world(config, world))
-    assert max(stage.total for stage in stages) < 70 * 2**30
+    assert max(stage.total for stage in stages) <= 0.95 * 79.1 * 2**30  # of an H100, with the search's margin
     # Norms are held whole by every tensor rank, the rest is cut evenly: stages add up to the model.
     table, tensor = parameter_table(config.model), config.parallel.tensor
     norms = sum(spec.numel for spec in table.values() if spec.split is None)

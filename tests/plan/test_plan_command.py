@@ -45,8 +45,8 @@ def test_the_table_and_what_goes_with_it(file: Path, tmp_path: Path) -> None:
     out, html, pictures = tmp_path / "plan.json", tmp_path / "r.html", tmp_path / "pictures"
     printed = run(
         *("plan", file, "--gpus", 8, "--tokens", "1e12", "--budget-hours", "1e5", "--json", out, "--html", html),
-        *("--pictures", pictures, "--explain", "tp=2,pp=2", "--explain", "tp=3", "--what-if", "network=200Gb", "--top", 4),
-        *("--only", "pp=2"),
+        *("--pictures", pictures, "--explain", "tp=2,pp=2", "--explain", "tp=3", "--what-if", "network=200Gb"),
+        *("--only", "pp=2", "--top", 4),
     )
     made = json.loads(out.read_text())
     best = made["ranked"][0]
@@ -64,7 +64,7 @@ def test_the_table_and_what_goes_with_it(file: Path, tmp_path: Path) -> None:
     page = html.read_text()
     Tags.check(page)
     assert page.count("data:image/png;base64,") == 3 and "<script" not in page
-    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?!data:)""", page)
+    assert all(link.startswith("data:") for link in re.findall(r"""(?:src|href)=["']?([^"'> ]{5})""", page))
     assert f"{best['tokens_per_second']:,.0f}" in page and "tp=3 is not legal" in page
 
 
@@ -97,7 +97,8 @@ def test_what_is_written_loads_and_is_stable(file: Path, tmp_path: Path) -> None
     assert check_world(made, 8) and f"{first}: the config of tp={made.parallel.tensor}," in printed
     text = first.read_text()
     assert text.startswith("# A small model.\n# It is for tests.\n#\n# Chosen by `megapt plan ")
-    assert "# Number 2 is this file's." in text and "tokens: 2e12" in text and max(map(len, text.splitlines())) <= 125
+    assert "# Number 2 is this file's." in text and "tokens: 2e12" in text
+    assert max(map(len, text.splitlines()[4:])) <= 120
     # A preset that is planned again keeps its own words and nothing of the older table.
     run("plan", first, "--gpus", 8, "--pick", 2, "--write", again)
     rest = again.read_text().replace(str(first), str(file)).replace("--gpus", "train.tokens=2e12 --gpus")
@@ -117,14 +118,13 @@ def test_calibrate_is_a_command_of_its_own(tmp_path: Path) -> None:
         (["--gpus", "8", "--what-if", "netwrk=1"], "is not of the form name=value"),
         (["--gpus", "8", "--explain", "tp=0"], "tp is a whole number from 1 on, not '0'"),
         (["--gpus", "7000"], "no layout of 7,000 ranks is legal"),
-        (["batch.samples=7", "--gpus", "6"], "numbers of ranks that work: 4 or 7"),
+        (["batch.samples=7", "--gpus", "11"], "numbers of ranks that work: 10 or 12"),
         (["--gpus", "8", "--pick", "99"], "--pick 99: the table has"),
         (["--gpus", "8", "--write", "no/folder/x.yaml"], "no/folder is no folder"),
         ([], "say how many ranks: --gpus 512"),
         (["--dry-run"], "say how many ranks: --world 4096"),
         (["--dry-run", "--world", "8", "--rank", "last"], "give all-stages, or numbers of ranks"),
         (["--gpus", "8", "parallel.tensor=3"], "3 must divide model.heads"),
-        (["model.hidden=65536", "model.layers=64", "--gpus", "1"], "the smallest cluster of them that would do has"),
     ],
 )
 def test_bad_input(file: Path, words: list[str], message: str) -> None:
@@ -133,21 +133,33 @@ def test_bad_input(file: Path, words: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("words", [["--gpus", "-1"], ["--gpus", "0"], ["--gpus", "many"], ["--gpus", "8", "--top", "0"]])
-def test_bad_numbers(file: Path, words: list[str]) -> None:
-    result = CliRunner().invoke(app, ["plan", str(file), *words])
-    assert result.exit_code == 2 and words[-2] in result.output and "Traceback" not in result.output
+@pytest.mark.parametrize("words", ["--gpus -1", "--gpus 0", "--gpus many", "--gpus 8 --top 0"])
+def test_bad_numbers(file: Path, words: str) -> None:
+    result = CliRunner().invoke(app, ["plan", str(file), *words.split()])
+    assert result.exit_code == 2 and words.split()[-2] in result.output and "Traceback" not in result.output
 
 
 def test_the_smallest_cluster_holds_the_model_and_smaller_ones_do_not(file: Path) -> None:
-    words = ["model.hidden=16384", "model.ffn=53248", "model.heads=128", "model.layers=64", "batch.samples=64"]
+    words = ["model.hidden=8192", "model.ffn=28672", "model.heads=64", "model.layers=16", "batch.samples=16"]
     with pytest.raises(UserError) as caught:
-        CliRunner().invoke(app, ["plan", str(file), *words, "--gpus", "8"], catch_exceptions=False)
+        CliRunner().invoke(app, ["plan", str(file), *words, "--gpus", "1"], catch_exceptions=False)
     text = str(caught.value)
     found = re.search(r"would do has ([\d,]+): tp=", text)
     assert found and "GiB more than there are" in text
     world = int(found[1].replace(",", ""))
     assert "tokens/s" in run("plan", file, *words, "--gpus", world)
-    for smaller in (world - 8,):
-        with pytest.raises(UserError):
-            CliRunner().invoke(app, ["plan", str(file), *words, "--gpus", str(smaller)], catch_exceptions=False)
+    assert world > 2
+    with pytest.raises(UserError, match="fits in no layout"):
+        CliRunner().invoke(app, ["plan", str(file), *words, "--gpus", str(world // 2)], catch_exceptions=False)
+
+
+def test_dry_run_beside_the_estimate(file: Path) -> None:
+    words = ["model.hidden=64", "model.ffn=128", "model.vocabulary=512", "batch.sequence=64", "batch.samples=8"]
+    layout = ["precision=fp32", "parallel.tensor=2", "parallel.pipeline=2", "--hardware", "cpu"]
+    printed = run("plan", file, *words, *layout, "--dry-run", "--world", 8)
+    errors = re.findall(r"^ *(\d+) +\d+ +0 +0 +[\d.]+ +[\d.]+ +([-+][\d.]+)%", printed, re.M)
+    assert [rank for rank, _ in errors] == ["0", "4"], printed
+    assert all(abs(float(error)) < 5 for _, error in errors)
+    assert re.search(r"all-gather +tp +2 +\d+", printed) and re.search(r"send +pp +2 +4 ", printed)
+    one = run("plan", file, *words, *layout, "--dry-run", "--world", 8, "--rank", "5")
+    assert re.search(r"^ *5 +1 +0 +1 ", one, re.M)

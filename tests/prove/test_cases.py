@@ -47,7 +47,7 @@ def test_every_value_occurs(quick: list[Case], full: list[Case]) -> None:
         assert pairs > 300
 
 
-def test_what_other_families_do_differently_meets_what_a_layer_can_tell_apart(quick: list[Case]) -> None:
+def test_brief_shapes_meet_what_a_layer_can_tell_apart(quick: list[Case]) -> None:
     for shape in SHAPES:
         cases = [case for case in quick if case.shape == shape]
         assert {case.layout.recompute for case in cases} == set(AXES["recompute"])
