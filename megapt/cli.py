@@ -226,16 +226,18 @@ def _start_local_ranks(script: str, arguments: Sequence[str]) -> None:
         "--ranks", type=int, help="default: the visible CUDA devices; on the CPU what the layout needs"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    parser.add_argument("--from-scratch", action="store_true", help="fresh weights where checkpoint.load is missing")
     options = parser.parse_intermixed_args(arguments)
 
-    loaded = load(options.config, options.overrides)
+    overrides = [*options.overrides, *["checkpoint.from_scratch=true"] * options.from_scratch]
+    loaded = load(options.config, overrides)
     config, devices = loaded.config, launcher.visible_devices(os.environ)
     layout = config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
     ranks = (len(devices) or layout) if options.ranks is None else options.ranks
     if config.parallel.auto is not None:
         config = _resolved(loaded, ranks, bool(devices))
     port = launcher.local_port(os.environ)
-    rank_arguments = ["--config", options.config, *options.overrides]
+    rank_arguments = ["--config", options.config, *overrides]
     command = launcher.local_command(script, rank_arguments, ranks=ranks, devices=devices, port=port)
     check_world(config, ranks)
     RunPlan.of(config)  # data that is missing or too small is refused before any rank starts

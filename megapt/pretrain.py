@@ -186,6 +186,7 @@ class Training:
         dp, batch, data = engine.mesh.dp, self.config.batch, self.config.data
         self.loader = StepLoader(plan.train, plan.batches, batch.micro, dp.rank, dp.size, data.prefetch, data.workers)
         self.unwritten: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.loss: float | None = None  # of the newest step that was logged
         self.validation: dict[str, Any] | None = None  # step and loss of the newest one
         self.upkeep = self._make_upkeep()
 
@@ -258,8 +259,16 @@ class Training:
         engine, model = self.engine, self.config.model
         self.beat(self.step, f"loading {source}")
         meta = checkpoint.load(source, engine.backend.fragments(), engine.mesh, model, weights_only=weights_only)
+        if not weights_only:
+            together = self._together()
+            together.run(lambda: _check_state(source, meta))
+            together.agree()
         engine.backend.loaded(*((0,) if weights_only else (meta["updates"], meta.get("scalars"))))
         return meta
+
+    def _layout(self) -> dict[str, int]:
+        mesh = self.engine.mesh
+        return {"world": mesh.world, "pipeline": mesh.pp.size, "data": mesh.dp.size, "tensor": mesh.tp.size}
 
     def _resume(self, source: Path) -> None:
         meta = self._load(source, weights_only=False)
@@ -289,12 +298,11 @@ class Training:
         from megapt.summary import print_summary
 
         config, mesh = self.config, self.engine.mesh
-        layout = {"pipeline": mesh.pp.size, "data": mesh.dp.size, "tensor": mesh.tp.size}
         self.run_folder = RunFolder(self.folder)  # kept, since it holds the folder's lock
         self._warn_of_lost_steps()
         self.metrics = Metrics(self.folder, config.run.tensorboard, self.step + 1)
         self.upkeep.claim()
-        machines = describe_environment(device=str(mesh.device), world_size=mesh.world, layout=layout)
+        machines = describe_environment(device=str(mesh.device), world_size=mesh.world, layout=self._layout())
         self.run_folder.record(dump(config), machines)
         given = config.run.peak_tflops
         peak, peak_text = peak_flops(mesh.device, given * 1e12 if given else None)
@@ -406,6 +414,7 @@ class Training:
         self.skipped += sum(skips)
         numbers = [step for step, *_ in self.unwritten]
         self.unwritten.clear()
+        self.loss = losses[-1] if math.isfinite(losses[-1]) else None
         if not self.leader:
             return
         memory = memory_bytes(self.engine.mesh.device)
@@ -459,6 +468,8 @@ class Training:
 
     def _save(self, final: bool) -> None:
         """Write a checkpoint, or start to. Collective."""
+        from megapt.monitor.run_folder import versions
+
         engine = self.engine
         self.beat(self.step, "saving")
         if self.leader:
@@ -468,11 +479,24 @@ class Training:
             "updates": engine.backend.updates,
             "scalars": engine.backend.scalars(),
             "skipped": self.skipped,
+            "loss": self.loss,
             "validation": self.validation,
             "receipt": self.receipt.to_dict(),
             "config": self.config.model_dump(),
+            "layout": self._layout() | {"zero": f"{self.config.zero.backend}-{self.config.zero.stage}"},
+            "versions": versions(),
         }
         self.upkeep.save(self.step, engine.backend.fragments(), meta, final)
+
+
+def _check_state(source: Path, meta: dict[str, Any]) -> None:
+    """UserError unless a checkpoint says how far its run had come: one of another program may not."""
+    kinds = {"step": int, "updates": int, "skipped": int, "receipt": dict}
+    if wrong := [key for key, kind in kinds.items() if type(meta.get(key)) is not kind]:
+        raise UserError(
+            f"{source} does not say how far its run had come (meta: {', '.join(wrong)}); its weights alone can be had "
+            "with checkpoint.load and a new run.folder"
+        )
 
 
 class _StopAgreement:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from megapt.checkpoint.loading import Reader, open_reader, stored_model
+from megapt.checkpoint.space import check_space
 from megapt.checkpoint.tensorfile import DTYPES, Slot, TensorFile
 from megapt.config import ModelConfig
 from megapt.convert.compare import Request, compare, layers_that_fit
 from megapt.convert.families import family_named, family_of
 from megapt.convert.mapping import Family, Row
 from megapt.convert.report import Report, check_output, whole_folder
-from megapt.convert.source import INDEX, SINGLE, Source
+from megapt.convert.source import INDEX, SINGLE, Source, read_object
 from megapt.convert.tokenizer import GENERATION, SPECIAL, find_tokenizer, write_tokenizer
 from megapt.errors import UserError
 from megapt.files import write_whole
@@ -83,7 +84,7 @@ def _special_tokens(folder: Path, eos: int | None, origin: dict[str, Any]) -> di
     tokenizer, else the model it was converted from. Named even where unknown: transformers' defaults are the ids of
     other models' tokenizers."""
     if (folder / GENERATION).is_file():
-        said = json.loads((folder / GENERATION).read_bytes())
+        said = read_object(folder / GENERATION)
     else:
         said = origin.get("special_tokens", {}) if eos is None else {"eos_token_id": eos}
     return {name: said.get(name) for name in SPECIAL}
@@ -91,6 +92,8 @@ def _special_tokens(folder: Path, eos: int | None, origin: dict[str, Any]) -> di
 
 def _write_weights(folder: Path, rows: list[Row], reader: Reader, dtype: str, shard_bytes: int) -> None:
     slots = [(row, Slot(row.theirs, dtype, row.shape)) for row in rows]
+    total = sum(slot.nbytes for _, slot in slots)
+    check_space(folder, total)
     shards = list(_shards(slots, shard_bytes))
     names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     if len(shards) == 1:
@@ -105,7 +108,6 @@ def _write_weights(folder: Path, rows: list[Row], reader: Reader, dtype: str, sh
             file.abandon()
     if len(shards) > 1:
         places = {s.key: name for name, shard in zip(names, shards, strict=True) for _, s in shard}
-        total = sum(slot.nbytes for _, slot in slots)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 

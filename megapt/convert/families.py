@@ -8,7 +8,7 @@ from megapt.config import ModelConfig
 from megapt.convert.gemma2 import GEMMA2
 from megapt.convert.gpt2 import GPT2
 from megapt.convert.llama import LLAMA
-from megapt.convert.mapping import Family
+from megapt.convert.mapping import QUANTISED, Family
 from megapt.convert.mistral import MISTRAL
 from megapt.convert.neox import NEOX
 from megapt.convert.olmo2 import OLMO2
@@ -48,24 +48,25 @@ def family_named(name: str, model: ModelConfig) -> Family:
 def family_of_config(tree: dict[str, Any], where: str, ignore_auto_map: bool = False) -> Family:
     """The family of a config.json. UserError for what no family computes: experts, quantised weights, code of the
     model's own (`auto_map`, unless ignored), other kinds of models."""
-    if quantised := tree.get("quantization_config", tree.get("compression_config")):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    quantised = [tree[key] for key in QUANTISED if tree.get(key) is not None]
+    if quantised:
+        method = quantised[0].get("quant_method") if isinstance(quantised[0], dict) else quantised[0]
         raise UserError(
             f"{where}: the weights are quantised (quant_method {method!r}); legal: fp32, bf16 and fp16 weights: take "
             "the model that was quantised, or dequantise it first"
         )
-    if "auto_map" in tree and not ignore_auto_map:
+    if tree.get("auto_map") and not ignore_auto_map:
         raise UserError(
             f"{where}: auto_map {tree['auto_map']!r} says that code of the model's own computes it, which is not run "
             "here; if transformers' own class computes the same, say --ignore-auto-map"
         )
     kind = tree.get("model_type")
     experts = [key for key in _EXPERTS if tree.get(key)]
-    if experts or (isinstance(kind, str) and (kind == "mixtral" or kind.endswith("_moe"))):
+    if experts or kind == "mixtral" or str(kind).endswith("_moe"):
         raise UserError(
             f"{where}: model_type {kind!r} is a mixture of experts ({', '.join(experts) or 'by its type'}), which the "
             f"model here does not have; legal: {', '.join(BY_TYPE)}"
         )
-    if kind not in BY_TYPE:
+    if not isinstance(kind, str) or kind not in BY_TYPE:
         raise UserError(f"{where}: model_type {kind!r} is not known; legal: {', '.join(BY_TYPE)}")
     return BY_TYPE[kind]

@@ -26,7 +26,7 @@ from megapt.errors import UserError
 from megapt.files import write_whole
 from megapt.model.table import parameter_table
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = ("F32", "BF16", "F16")
 _SEQUENCE = 2048  # of the config to go on with, at most
 
 
@@ -103,8 +103,11 @@ def _match(source: Source, family: Family, model: ModelConfig) -> Mapping:
         for name, shape in wanted.items()
         if name in held and source.tensors[name].shape != shape
     ]
-    dtypes = [f"{name} ({source.tensors[name].dtype})" for name in sorted(held) if name in wanted]
-    dtypes = [text for text in dtypes if not text.endswith(tuple(f"({dtype})" for dtype in _DTYPES))]
+    dtypes = [
+        f"{name} ({source.tensors[name].dtype})"
+        for name in wanted
+        if name in held and source.tensors[name].dtype not in _DTYPES
+    ]
     groups = {
         "missing": [name for name in wanted if name not in held],
         f"not of a {family.name} model of this config.json": sorted(held - wanted.keys()),
@@ -121,9 +124,9 @@ def _write(folder: Path, source: Source, mapping: Mapping, model: ModelConfig, m
     table = parameter_table(model)
     names = [name for name, spec in table.items() if spec.tied_to is None]
     rectangles = {
-        name: Rectangle(name, "weight", "F32", table[name].shape, (0,) * len(table[name].shape), table[name].shape)
+        name: Rectangle(name, "weight", "F32", shape, (0,) * len(shape), shape, f"weight/{name}")
         for row in mapping.rows
-        for name in row.ours
+        for name, shape in zip(row.ours, row.shapes, strict=True)
     }
     _check_tie(source, mapping)
     check_space(folder.parent, bytes_needed(rectangles.values()))
@@ -159,7 +162,9 @@ def _check_tie(source: Source, mapping: Mapping) -> None:
 def _special_tokens(source: Source, folder: Path) -> dict[str, Any]:
     """The ids that config.json names, which also go beside the tokenizer where no generation config did."""
     special = {name: source.config[name] for name in SPECIAL if source.config.get(name) is not None}
-    if special and not (folder / GENERATION).exists():
+    if (folder / GENERATION).exists():
+        source.json(GENERATION)  # it was copied: a broken one is refused here rather than at the way back
+    elif special:
         tree = {"_from_model_config": True, **special}
         write_whole(folder / GENERATION, (json.dumps(tree, indent=2) + "\n").encode())
     return special

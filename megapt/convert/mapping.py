@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from megapt.config import ModelConfig
-from megapt.convert.keys import COMMON, FLAG, SILENT, Key, Part, Reading
+from megapt.convert.keys import COMMON, FLAG, NAMES, SILENT, Key, Part, Reading, optional
 from megapt.convert.positions import Rope
 from megapt.errors import UserError
 from megapt.parameters import ParameterTable
+
+QUANTISED = ("quantization_config", "compression_config")  # keys that say that weights are quantised
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,10 @@ class Family:
         fields = dict(self.fixed)
         for part in (*self._common(), *self.parts):
             fields |= part.read(reading)
-        named = [name for name in tree.get("architectures") or () if name != self.architecture]
-        if named:
+        named = reading.take("architectures", optional(NAMES), None) or []
+        if any(name != self.architecture for name in named):
             reading.refuse("architectures", named, repr(self.architecture))
-        known = {*reading.taken, *SILENT, *self.silent, "model_type", "architectures", "auto_map"}
+        known = {*reading.taken, *SILENT, *self.silent, "model_type", "auto_map", *QUANTISED}
         for key in tree:
             if key not in known:
                 reading.problems.append(

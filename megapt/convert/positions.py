@@ -58,6 +58,7 @@ class Rope:
         at, tree = self._object(reading)
         inner = Reading(tree, f"{at}.")
         kind = self._kind(inner)
+        judged = not inner.problems  # of an unknown kind, nobody can say which keys it has
         outer = [reading.take(name, NUMBER, None) for name in self.theta]
         theta = self._agreed(reading, [*outer, inner.take("rope_theta", NUMBER, None)], "rope_theta", 10000.0)
         outer = [reading.take(name, NUMBER, None) for name in self.share]
@@ -65,7 +66,7 @@ class Rope:
         share = self._agreed(reading, [*outer, given], "partial_rotary_factor", self.share_default)
         fields: dict[str, Any] = {"rope_theta": theta, "rope_scaling": self._scaling(kind, inner, reading)}
         for key in tree:
-            if key not in inner.taken:
+            if judged and key not in inner.taken:
                 inner.refuse(key, tree[key], f"to leave it out of a scaling of type {kind!r}")
         reading.problems += inner.problems
         if self.share and not reading.problems and share != 1:

@@ -24,6 +24,17 @@ class Stored(NamedTuple):
     dtype: str
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; UserError if it holds anything else."""
+    try:
+        tree = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold an object, not {type(tree).__name__}")
+    return tree
+
+
 class Source:
     """config: what config.json says; tensors: every tensor of every file, by name. No tensor is read yet.
 
@@ -44,16 +55,10 @@ class Source:
 
     def json(self, name: str) -> dict[str, Any]:
         """An object from one of the folder's JSON files."""
-        path = self.folder / name
         try:
-            tree = json.loads(path.read_bytes())
+            return read_object(self.folder / name)
         except FileNotFoundError:
             raise UserError(f"{self.folder} holds no {name}: it is not a model of Hugging Face transformers") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} must hold an object, not {type(tree).__name__}")
-        return tree
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU. Its file is closed again: pages of a mapped file count as memory of this process."""
@@ -87,7 +92,7 @@ class Source:
             raise UserError(f"{index} has no weight_map")
         files: dict[str, set[str]] = {}
         for name, file in places.items():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
                 raise UserError(f"{index} places {name} in {file!r}; legal: the name of a file beside it")
             files.setdefault(file, set()).add(name)
         if missing := sorted(file for file in files if not (self.folder / file).exists()):
@@ -102,6 +107,9 @@ class Source:
                 f"; {', '.join(pickles)} would be read by pickle, which can run any code: where you trust it, load it "
                 "in transformers and save it again with save_pretrained, which writes safetensors"
             )
+        links = sorted(path.name for path in self.folder.glob("*.safetensors") if not path.exists())
+        if links:
+            return f"; {', '.join(links)} are links to files that are not there: finish the download"
         found = sorted(p.name for pattern in ("*.safetensors", *_OTHERS) for p in self.folder.glob(pattern))
         return f", only {', '.join(found)}" if found else ""
 
@@ -111,4 +119,14 @@ class Source:
         try:
             return safe_open(str(self.folder / file), framework="pt")
         except (SafetensorError, OSError) as error:
+            if self._is_pointer(file):
+                raise UserError(f"{self.folder / file} only points to its content: run `git lfs pull` there") from None
             raise UserError(f"{self.folder / file} is damaged: {error}") from None
+
+    def _is_pointer(self, file: str) -> bool:
+        """Whether git wrote a note in place of a large file, as it does without its extension LFS."""
+        path = self.folder / file
+        if not path.is_file():
+            return False
+        with path.open("rb") as opened:
+            return opened.read(32).startswith(b"version https://git-lfs.")

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,7 @@ def describe_environment(
         command: the command line, ``sys.argv`` when left out.
     """
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "megapt": megapt.__version__,
-            **{name: _version(name) for name in ("torch", "deepspeed", "numpy")},
-        },
+        "versions": versions(),
         "git": git_state(Path(megapt.__file__).parent),
         "host": socket.gethostname(),
         "system": platform.platform(),
@@ -101,6 +98,13 @@ def describe_environment(
         "layout": dict(layout),
         "command": list(sys.argv if command is None else command),
     }
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Of Python, this package and those that compute; None for one that is not installed."""
+    packages = {name: _version(name) for name in ("torch", "deepspeed", "numpy")}
+    return {"python": platform.python_version(), "megapt": megapt.__version__, **packages}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

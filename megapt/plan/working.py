@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from megapt.config import Config, ModelConfig
 from megapt.model.blocks import _ELEMENTS
+from megapt.model.blockwise import _ELEMENTS as _SCORES
+from megapt.model.blockwise import _QUERIES
 from megapt.model.recompute import Policy
 from megapt.model.table import parameter_table
 from megapt.parallel.loss import _BLOCK_ELEMENTS
@@ -32,6 +34,7 @@ class Place:
     precision: str
     cpu: bool
     vocabulary_multiple: int
+    sequence_length: int
 
     @staticmethod
     def of(config: Config, cpu: bool) -> Place:
@@ -39,7 +42,7 @@ class Place:
         tensor, multiple = parallel.tensor, parallel.vocabulary_multiple
         sequence = parallel.sequence_parallel and tensor > 1
         tokens = batch.micro * batch.sequence
-        return Place(config.model, tensor, sequence, tokens, config.precision, cpu, multiple)
+        return Place(config.model, tensor, sequence, tokens, config.precision, cpu, multiple, batch.sequence)
 
     @property
     def stream(self) -> int:
@@ -107,6 +110,9 @@ class Layer:
         per_token = self.wide if model.norm == "rms_norm" else 2 * (width if place.cpu else self.wide)
         self.statistics = per_token * self.stream // (model.hidden * width)
         self.rotary = model.position == "rope"
+        # Without a flash kernel; a GPU has one for windows, in 16 bits.
+        windowed = model.window is not None and model.window < place.sequence_length
+        self.blockwise = model.attention_softcap is not None or windowed and not place.cpu and width > 2
         self.qk_statistics = tokens * (heads + kv_heads) * self.wide
 
     def block(self, size: int) -> int:
@@ -204,11 +210,29 @@ class Layer:
                 for size in (self.queries, self.keys):
                     tape.make(size)
                     tape.pass_by(self._turn_block(size))
+        if self.blockwise:
+            block, operands, _ = self._blocks()
+            # Probabilities, and as operands of the product; the result by pairs of queries and keys.
+            tape.pass_by(block, block * self.width // self.wide, operands, self.queries, self.sums)
         tape.make(self._repeated(), self.queries, self.sums)
+
+    def _blocks(self) -> tuple[int, int, int]:
+        """Of attention block by block: the scores of one in full precision; queries, keys and values to multiply with;
+        their gradients in full precision."""
+        model, gpu, length = self.model, not self.place.cpu, self.place.sequence_length
+        queries = min(_QUERIES[gpu], length)
+        group = self.queries // self.keys
+        seen = min(length, (model.window or length) + queries - 1)
+        pairs = self.place.tokens // length * self.keys // (self.place.tokens * model.head_width * self.width)
+        scores = group * queries * seen
+        block = min(max(1, _SCORES[gpu] // scores), pairs) * scores * self.wide
+        gradients = self.projection // self.width * self.wide
+        return block, self.projection if gpu else gradients, gradients
 
     def _repeated(self) -> int:
         """Keys and values for every query head: a GPU's kernel for fp32 wants them."""
-        return 2 * self.queries if not self.place.cpu and self.grouped and self.width == 4 else 0
+        wanted = not (self.place.cpu or self.blockwise) and self.grouped and self.width == 4
+        return 2 * self.queries if wanted else 0
 
     def core_made(self) -> int:
         """Bytes that `core` makes."""
@@ -233,9 +257,7 @@ class Layer:
         """deferred: gradients of weights are put off; what they need stays, as `deferred`."""
         if policy == "full":
             self.forward(tape, "none")
-            tape.make(self.stream)  # the gradient given stays while another one goes backward
             self._backward(tape, "none", deferred)
-            tape.free(self.stream)
             tape.free(self.stream, item=_ACTIVATIONS)  # the result
         else:
             self._backward(tape, policy, deferred)
@@ -286,7 +308,12 @@ class Layer:
 
     def _through_core(self, tape: Tape, policy: Policy, deferred: bool) -> None:
         tape.make(self.projection, self._repeated())
-        if not self.place.cpu:
+        if self.blockwise:
+            # Probabilities, the cap's derivative, the scores' gradient, and one of them as an operand.
+            block, operands, gradients = self._blocks()
+            operand = block if self.place.cpu else block * self.width // self.wide
+            tape.pass_by(3 * block + operand, operands, self.queries * (operands // self.projection), gradients)
+        elif not self.place.cpu:
             wide = self.queries // self.width * 4
             tape.pass_by(wide, self.sums, 2 * self.queries if self.grouped else 0)
         tape.make(self.projection)

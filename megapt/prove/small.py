@@ -81,19 +81,16 @@ def shape_of(name: str, config: Config) -> Shape:
         "seed": config.seed,
         "objective": config.objective,
         "model": small_model(config.model),
-        "data": {"train": "none", "masked_lm": config.data.model_dump()["masked_lm"], "documents": _documents(config)},
+        "data": {
+            "train": "none",
+            "masked_lm": config.data.model_dump()["masked_lm"],
+            "documents": config.data.separates_documents,
+        },
         "batch": {"sequence": SEQUENCE, "samples": SAMPLES},
         "optimizer": optimizer,
         "train": {"steps": 3, "z_loss": max(config.train.z_loss, 1e-2) if config.train.z_loss else 0.0},
     }
     return Shape(name, tree)
-
-
-def _documents(config: Config) -> bool:
-    """Whether attention and positions end with a document."""
-    if config.data.documents is None:
-        return config.data.packing != "concatenate"
-    return config.data.documents
 
 
 def _built_in(name: str, documents: bool, **model: Any) -> Shape:

@@ -195,7 +195,7 @@ def test_a_tensor_without_a_weight_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "c", {**tensors, ("extra", "exp_avg"): torch.zeros(3)}, meta_of(SMALL))
     jobs = [
         lambda: average.average(tmp_path / "out", [path, path]),
-        lambda: export_weights(path, tmp_path / "out"),
+        lambda: export_weights.export_weights(path, tmp_path / "out"),
         lambda: load(path),
     ]
     for job in jobs:
