@@ -166,6 +166,10 @@ class Job:
                 f"{self.checkpoint} was trained to fill in masked tokens: it gives a text no probability, and so no "
                 "perplexity"
             )
+        for name in ("sequence", "stride", "samples", "micro"):
+            value = getattr(request, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} evaluates nothing; legal: 1 or more")
         sequence = request.sequence or min(trained["batch"]["sequence"], model.max_sequence)
         if sequence > model.max_sequence:
             raise UserError(
@@ -176,9 +180,9 @@ class Job:
         if self.stride > sequence:
             raise UserError(f"--stride {self.stride} would leave tokens out: it is at most --sequence, {sequence}")
         parallel = request.parallel or {}
-        # Sequence parallelism wants whole shares of a micro-batch's tokens.
+        # Sequence parallelism wants whole shares of a micro-batch's tokens. What is no number of ranks is refused below.
         tensor = parallel.get("tensor", 1)
-        unit = tensor // math.gcd(sequence, tensor)
+        unit = tensor // math.gcd(sequence, tensor) if tensor in range(1, self.world + 1) else 1
         rows = -(-(request.micro or max(1, _TOKENS // sequence)) // unit) * unit
         tree = {
             "precision": request.precision,

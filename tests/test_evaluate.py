@@ -282,6 +282,22 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert "40 tokens in 4 windows of 16, 8 apart" in result.stdout
 
 
+def test_a_result_that_cannot_be_written_is_not_lost(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["eval", str(folder / "llama"), str(folder / "pair"), "--samples", "1", "--json"]
+    result = CliRunner().invoke(app, [*words, str(tmp_path)])
+    assert isinstance(result.exception, UserError) and f"--json {tmp_path} cannot be written" in str(result.exception)
+    assert "tokens" not in result.stdout  # before anything was computed
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device", "result.json")
+
+    monkeypatch.setattr("megapt.commands.evaluate._write", full)
+    result = CliRunner().invoke(app, [*words, str(tmp_path / "result.json")])
+    assert isinstance(result.exception, OSError) and "nats per token" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -296,6 +312,11 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         ({"data": ["{folder}/pair"], "tokenizer": "bytes"}, "holds tokens .* tokenizer bytes has 257"),
         ({"sequence": 65}, "--sequence 65 is longer than the 64 tokens"),
         ({"stride": 17}, "--stride 17 would leave tokens out: it is at most --sequence, 16"),
+        ({"stride": -1}, "--stride -1 evaluates nothing; legal: 1 or more"),
+        ({"sequence": 0}, "--sequence 0 evaluates nothing"),
+        ({"samples": 0}, "--samples 0 evaluates nothing"),
+        ({"micro": 0}, "--micro 0 evaluates nothing"),
+        ({"parallel": {"tensor": 0}}, "parallel.tensor"),
         ({"start_token": "<s>"}, "--start-token: the tokenizer .* has no token '<s>'"),
         ({"parallel": {"pipeline": 2}}, "world of 1 ranks"),
     ],

@@ -298,21 +298,15 @@ def _settings(model: ModelConfig) -> dict[str, Any]:
 
 def _differences(index: Index, table: ParameterTable) -> list[str]:
     wanted = {name: spec.shape for name, spec in table.items() if spec.tied_to is None}
-    stored = {name: tensor.shape for name, tensor in index.tensors.items()}
-    bare = [name for name, tensor in index.tensors.items() if "weight" not in tensor.kinds]
+    stored = {name: tensor.shape for name, tensor in index.tensors.items() if "weight" in tensor.kinds}
     missing = [name for name in wanted if name not in stored]
-    surplus = [name for name in stored if name not in wanted]
+    surplus = [name for name in index.tensors if name not in wanted]
     shapes = [
         f"{name} (stored {list(stored[name])}, model {list(shape)})"
         for name, shape in wanted.items()
         if name in stored and stored[name] != shape
     ]
-    groups = {
-        "missing in the checkpoint": missing,
-        "without a weight": bare,
-        "not in the model": surplus,
-        "of another shape": shapes,
-    }
+    groups = {"missing in the checkpoint": missing, "not in the model": surplus, "of another shape": shapes}
     return [f"{what}: {', '.join(names)}" for what, names in groups.items() if names]
 
 

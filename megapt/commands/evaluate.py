@@ -92,6 +92,8 @@ def evaluate(
         parse_parallel(parallel or []), micro, text_key,
     )  # fmt: skip
     try:
+        if json is not None and place.rank == 0:
+            _check_place(json)
         with _progress(place.rank == 0) as progress:
             found = job(request, progress)
     except UserError:
@@ -99,9 +101,16 @@ def evaluate(
             time.sleep(10)  # what is wrong on every rank is said by the first: the launcher then ends the others
         raise
     if place.rank == 0:
+        _print(found)  # first: it is not lost where the file cannot be written after all
         if json is not None:
             _write(json, found)
-        _print(found)
+
+
+def _check_place(path: Path) -> None:
+    """UserError, before hours of work, for a file that cannot be written at their end."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--json {path} cannot be written: it is a folder, or {folder} is none that can be written to")
 
 
 def _write(path: Path, found: Evaluation) -> None:

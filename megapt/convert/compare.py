@@ -74,6 +74,8 @@ class Comparison:
                 f"the other {self.of - self.layers} layers did not fit into memory: their logits were NOT compared; "
                 "each of their tensors was compared with its origin bit by bit"
             )
+        if not self.largest:
+            lines.append("all logits are 0: NOTHING is known of what comes before the head")
         lines += [f"not reached by so few tokens: {what}" for what in self.unreached]
         return "\n".join(lines)
 
@@ -170,7 +172,7 @@ def _their_logits(folder: Path, layers: int, batches: list[Tensor]) -> list[Tens
     from transformers import AutoConfig, AutoModelForCausalLM
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet():
+    with _quiet(), _theirs_to_say(folder):
         config = AutoConfig.from_pretrained(folder, **local)
         whole = layers == config.num_hidden_layers
         config.num_hidden_layers = layers
@@ -185,7 +187,20 @@ def _their_logits(folder: Path, layers: int, batches: list[Tensor]) -> list[Tens
     if wrong:
         raise UserError(f"transformers does not find the model's weights in {folder}: {wrong}")
     model.eval()
-    return [model(ids, use_cache=False).logits.flatten(0, 1) for ids in batches]
+    with _theirs_to_say(folder):
+        return [model(ids, use_cache=False).logits.flatten(0, 1) for ids in batches]
+
+
+@contextmanager
+def _theirs_to_say(folder: Path) -> Iterator[None]:
+    """Keys that change nothing of what is computed are not judged here; transformers may stumble over them all the
+    same, with errors of any kind."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"transformers cannot use {folder}: {type(error).__name__}: {error}\n--no-compare would do without it"
+        ) from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,24 +34,50 @@ class Report:
 
 
 def check_output(output: Path) -> None:
-    """UserError for an output that already holds something."""
+    """UserError for an output that already holds something, or that no finished folder could take the place of."""
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise UserError(f"{output} already exists and is not empty; choose another output")
+        raise UserError(f"{output} already exists and is not an empty folder; choose another output")
+    if output.exists() and (os.path.ismount(output) or output.samefile(os.curdir)):
+        raise UserError(f"{output} is a mount point or the current folder, which cannot be replaced; name one inside it")
 
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `output` when the `with` block ends, and vanishes if it raises."""
+    """A hidden folder that becomes `output` when the `with` block ends, and vanishes if it raises.
+
+    What a conversion that was killed left there goes away; UserError where another one is at work.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.partial")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
+    descriptor = _locked(temporary, output)
     try:
+        check_output(output)  # again: another conversion may have ended since
+        for left in temporary.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield temporary
         sync_folder(temporary)
         os.replace(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(descriptor)
     sync_folder(output.parent)
+
+
+def _locked(folder: Path, output: Path) -> int:
+    """Make a folder that is this process's alone until the descriptor is closed, however the process ends."""
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    alone = True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        alone = False
+    except OSError:
+        pass  # some shared file systems have no locks
+    # One that has just ended has given its folder the final name, or removed it.
+    if not alone or not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+        os.close(descriptor)
+        raise UserError(f"another conversion is writing {output}; wait for it, stop it, or choose another output")
+    return descriptor

@@ -40,8 +40,8 @@ class Levels:
     micro-batches of each chunk are kept for a backward, then for their weights' gradients; transfers [actions], streams
     that have arrived or are on their way to a neighbour.
 
-    kinds (numbers in `_KINDS`), chunks, began (whether a backward has run): [actions]. after: as `held`, after each of
-    all. ends: for each chunk, the place of its last gradients.
+    kinds (numbers in `_KINDS`), chunks, began (whether a backward has run before): [actions]. after: as `held`, after
+    each of all. ends: for each chunk, the place of its last gradients.
     """
 
     actions: list[Action]
@@ -77,7 +77,8 @@ def levels(name: str, stages: int, chunks: int, micro_batches: int, rank: int) -
         row[chunks + action.chunk] = (action.kind is Kind.BACKWARD_INPUT) - (action.kind is Kind.BACKWARD_WEIGHT)
     after = changes.cumsum(0)
     kinds = [_KINDS.index(action.kind) for action in computed]
-    began = np.cumsum([action.kind in _GRADIENTS for action in computed]) > 0
+    backward = np.array([action.kind in _GRADIENTS for action in computed])
+    began = backward.cumsum() > backward
     rows = np.column_stack([kinds, [a.chunk for a in computed], began, replay.transfers, after - changes])
     last = [max(i for i, a in enumerate(computed) if a.chunk == c and a.kind in _WEIGHTS) for c in range(chunks)]
     _, first = np.unique(rows, axis=0, return_index=True)
@@ -151,31 +152,33 @@ class Passes:
         """Bytes by item at the action with the most, beside what the ZeRO backend holds, and the action's name."""
         now = self.levels
         items = now.held @ self.kept + self.tops[now.kinds, now.chunks]
-        forwards = now.kinds == 0
-        beside = [sum(extra.values()) for extra in (state.forward, state.backward)]
-        # Weights are gathered from the beginning.
-        extra = np.where(forwards, beside[0] * (now.began | (state.fetch > 0)), beside[1])
+        # Weights that are gathered are there from the beginning.
+        extra = sum(state.later.values()) * (now.began | (state.fetch > 0))
         at = int((items.sum(1) + now.transfers * self.stream + extra).argmax())
-        more = state.backward if not forwards[at] else state.forward if extra[at] else {}
-        found = [(self._named(items[at], at, more), str(now.actions[at]))]
+        found = [(self._named(items[at], at, state.later if extra[at] else {}), str(now.actions[at]))]
         if state.fetch:
             whole = chunk_pass(self.place, tuple(self.policies[0]), True, False, "forward").top
-            fetched = state.forward | {"buckets": state.forward["buckets"] + state.fetch}
+            fetched = state.later | {"buckets": state.later["buckets"] + state.fetch}
             found.append((self._named(whole, 0, fetched), str(now.actions[0])))
         if state.ending:
             last = chunk_parts(self.place, (), True, False, "backward")[-1][0]
             found.append((self._named(last.top, 0, state.ending), str(now.actions[now.ends[0]])))
-        if state.exchanges:
-            found.append(self._beside_reductions(state))
+        if state.reductions:
+            often = bool(state.room) and bool(now.began.any())
+            found += [self._beside_reductions(state, again) for again in {False, often}]
         return max(found, key=lambda pair: sum(pair[0].values()))
 
     def _named(self, items: Counts, at: int, more: dict[str, int]) -> dict[str, int]:
         found = dict(zip(ITEMS, map(int, items), strict=True))
         return found | {"transfers": int(self.levels.transfers[at]) * self.stream} | more
 
-    def _beside_reductions(self, state: ZeroMemory) -> tuple[dict[str, int], str]:
-        """At the most during the last backwards, in which full buckets are reduced one after the other, two at once."""
-        done, sent = 0, list(accumulate(state.exchanges))
+    def _beside_reductions(self, state: ZeroMemory, again: bool) -> tuple[dict[str, int], str]:
+        """At the most during the last backwards, in which full buckets are reduced one after the other, two at once.
+
+        again: whether an earlier backward has left its last reductions under way.
+        """
+        done, sent = 0, list(accumulate(state.reductions))
+        sizes = (*state.reductions[-2:], *state.reductions) if again else (0, 0, *state.reductions)
         best: dict[str, int] = {}
         when = ""
         for chunk in reversed(range(len(self.ends))):
@@ -187,8 +190,9 @@ class Passes:
                 after = done + state.gradients.get(name, 0)
                 for items, ready in ((level + part.top, done), (level + part.end, after)):
                     launched = bisect_right(sent, ready)
-                    flying = sum(state.exchanges[max(0, launched - 2) : launched])
-                    found = self._named(items, at, {"buckets": flying})
+                    flying = int(sum(sizes[launched : launched + 2]) * state.flying)
+                    rooms = min(2, len(sent)) if again else min(2, len(sent), launched + (ready > 0))
+                    found = self._named(items, at, {"buckets": flying + rooms * state.room})
                     if sum(found.values()) > sum(best.values()):
                         best, when = found, str(action)
                 done, level = after, level + part.end

@@ -21,10 +21,11 @@ Contents = tuple[tuple[int, bool, bool], ...]
 class ZeroMemory:
     """Of one rank, in bytes; parameters in elements. What is allocated on top of what is held between steps, by item:
 
-    forward: in forwards after the first backward. backward: in backwards; ending: where they end, instead. fetch: in
-    forwards in front of the head.
-    exchanges: of each reduction beside the last backward, in order, where they take memory, of which two are under way
-    at once; gradients: of a `layer`, the `head` and the `embedding`. step: in the optimizer step.
+    later: in passes after the first backward; ending: where a backward ends, instead. fetch: in forwards in front of
+    the head, where `later` is there from the beginning.
+    reductions: of each bucket in the order of the backward, where reducing takes memory; two are under way at once and
+    take `flying` as much. room: of the memory that two buckets' gradients fill in turn, where they have none of their
+    own. gradients: of a `layer`, the `head` and the `embedding`. step: in the optimizer step.
     """
 
     parameters: int
@@ -32,11 +33,12 @@ class ZeroMemory:
     main_grad: int
     masters: int
     moments: int
-    forward: dict[str, int] = field(default_factory=dict)
-    backward: dict[str, int] = field(default_factory=dict)
+    later: dict[str, int] = field(default_factory=dict)
     ending: dict[str, int] = field(default_factory=dict)
     fetch: int = 0
-    exchanges: tuple[int, ...] = ()
+    reductions: tuple[int, ...] = ()
+    flying: float = 0.0
+    room: int = 0
     gradients: dict[str, int] = field(default_factory=dict)
     step: dict[str, int] = field(default_factory=dict)
 
@@ -123,31 +125,28 @@ def _native(config: Config, data: int, cpu: bool, own: Elements) -> ZeroMemory:
     stage = config.zero.stage if data > 1 else 0
     shards = data if stage else 1
     muon = config.optimizer.kind == "muon"
-    gradients, forward, backward = own.owned, 0, 0
-    exchanges: tuple[int, ...] = ()
-    pairs = [0]
     update = _muon_step(config, data, shards, cpu, own.matrices) if muon else 0
+    sizes: tuple[int, ...] = ()
     if cpu and stage or stage == 2:
-        sizes = [size * wide for size in buckets(own.blocks, config.zero.bucket)]
-        pairs = [a + b for a, b in zip(sizes, [0, *sizes], strict=False)]
-        if stage == 2:
-            # Two full buckets' memory, and two reductions on their way: into a shard each, on a CPU through copies.
-            gradients, kept = own.owned // shards, min(2, len(sizes)) * max(sizes)
-            forward, backward = (int(kept + flying * (1 / shards + cpu)) for flying in (pairs[-1], max(pairs)))
-        else:
-            exchanges = tuple(sizes)
+        sizes = tuple(size * wide for size in buckets(own.blocks, config.zero.bucket))
+    # On a CPU a reduction goes through a copy; stage 2 reduces into a shard of its own.
+    flying = cpu + (1 / shards if stage == 2 else 0.0)
+    room = max(sizes) if stage == 2 else 0
+    pairs = [a + b for a, b in zip(sizes, (0, *sizes), strict=False)] or [0]
+    later = int(min(2, len(sizes)) * room + pairs[-1] * flying) if stage == 2 else 0
     # Reductions end, then the copy's gradient arrives at the owner, and in the end its new value at the copy.
-    reduction = max(pairs) if exchanges else 0
+    reduction = int(max(pairs) * flying) if stage == 1 else 0
     update = max(update, own.copied * wide, own.copy * width)
     return ZeroMemory(
         parameters=own.count,
         weights=own.count * width,
-        main_grad=(gradients + own.copy) * wide,
+        main_grad=(own.owned // (shards if stage == 2 else 1) + own.copy) * wide,
         masters=own.owned // shards * wide if width < wide else 0,
         moments=(2 * own.owned - (own.matrices if muon else 0)) // shards * wide,
-        forward={"buckets": forward},
-        backward={"buckets": backward},
-        exchanges=exchanges,
+        later={"buckets": later},
+        reductions=sizes,
+        flying=flying,
+        room=room,
         gradients={part: size * wide for part, size in own.parts.items()},
         step={"step": update} if update >= reduction else {"buckets": reduction},
     )
@@ -206,8 +205,7 @@ def _deepspeed(config: Config, data: int, cpu: bool, own: Elements) -> ZeroMemor
         main_grad=main_grad,
         masters=masters,
         moments=2 * shard if here else 0,
-        forward={"buckets": gathered} | (held if several else {}),
-        backward={"buckets": gathered} | (held if several else {}),
+        later={"buckets": gathered} | (held if several else {}),
         ending={"buckets": ending} | held if stage == 2 else {},
         fetch=fetch,
         step={"step": step} | held,

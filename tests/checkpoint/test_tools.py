@@ -199,12 +199,12 @@ def test_a_tensor_without_a_weight_is_refused(tmp_path: Path) -> None:
         lambda: load(path),
     ]
     for job in jobs:
-        with pytest.raises(UserError, match="without a weight: extra\nnot in the model: extra"):
+        with pytest.raises(UserError, match="not in the model: extra"):
             job()
     with pytest.raises(UserError, match="holds no extra"):
         list(checkpoint.load_weights(path))
     (problem,) = verify.verify(path).problems
-    assert "without a weight: extra" in problem and not (tmp_path / "out").exists()
+    assert "not in the model: extra" in problem and not (tmp_path / "out").exists()
 
 
 # Describe

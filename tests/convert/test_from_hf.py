@@ -142,6 +142,17 @@ def _both(folder: Path) -> None:
     (folder / "kept").rename(folder / "model.safetensors")
 
 
+def _index_climbs(folder: Path) -> None:
+    places = shard(folder)
+    places["lm_head.weight"] = ".."
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def _link_to_nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "blobs" / "unfinished")
+
+
 def _cut(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-100])
@@ -171,6 +182,29 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "an index that escapes": (_index_escapes, ["places lm_head.weight in '../elsewhere.safetensors'"]),
     "one file and several": (_both, ["holds both model.safetensors and model.safetensors.index.json"]),
     "a file cut short": (_cut, ["model.safetensors is damaged"]),
+    "an index that climbs": (_index_climbs, ["places lm_head.weight in '..'; legal: the name of a file beside it"]),
+    "a link to nothing": (_link_to_nothing, ["model.safetensors are links to files that are not there"]),
+    "a pointer of Git LFS": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        ["model.safetensors only points to its content: run `git lfs pull`"],
+    ),
+    "JSON without a bottom": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        ["config.json is not valid JSON"],
+    ),
+    "a generation config that is none": (
+        lambda f: (f / "generation_config.json").write_text("[]"),
+        ["generation_config.json must hold an object, not list"],
+    ),
+    "what transformers stumbles over": (
+        lambda f: reconfigure(f, eos_token_id="end"),
+        ["transformers cannot use", "eos_token_id", "--no-compare"],
+    ),
+    "an architecture that is no name": (
+        lambda f: reconfigure(f, architectures=5),
+        ["architectures is 5; legal: a list of names"],
+    ),
+    "a kind that is no name": (lambda f: reconfigure(f, model_type=["llama"]), ["model_type ['llama'] is not known"]),
     "other tensors": (
         lambda f: rewrite(f, _renamed),
         [
@@ -269,6 +303,11 @@ def test_what_does_not_fit_is_compared_by_its_first_layers(
     with pytest.raises(UserError, match="too little to compare even one layer of both models"):
         from_hf(copy, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_logits_of_zero_say_nothing(copy: Path, tmp_path: Path) -> None:
+    rewrite(copy, lambda tensors: tensors["lm_head.weight"].zero_())
+    assert "all logits are 0: NOTHING is known" in str(from_hf(copy, tmp_path / "ours"))
 
 
 def test_windows_that_are_not_reached_are_told(tmp_path: Path) -> None:

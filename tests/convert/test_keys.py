@@ -224,6 +224,19 @@ def test_what_cannot_be_computed_is_refused_by_key(what: str) -> None:
     assert message in str(caught.value)
 
 
+def test_keys_that_are_null_say_nothing() -> None:
+    tree = config("llama") | {"quantization_config": None, "auto_map": None, "architectures": None}
+    family = family_of_config(tree, "config.json")
+    assert family.read(tree)[0] == family.read(config("llama"))[0]
+
+
+def test_keys_of_an_unknown_scaling_are_not_judged() -> None:
+    with pytest.raises(UserError) as caught:
+        BY_TYPE["llama"].read(config("llama") | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "alpha": 1.0}})
+    (_, problem) = str(caught.value).splitlines()
+    assert problem.startswith("rope_scaling.rope_type is 'dynamic'; legal: 'default', 'linear'")
+
+
 def test_all_problems_are_told_at_once() -> None:
     tree = config("llama") | {"alibi": True, "hidden_act": "relu"}
     del tree["vocab_size"], tree["num_hidden_layers"]

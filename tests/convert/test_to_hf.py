@@ -164,7 +164,7 @@ def test_output_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="full already exists and is not empty"):
+    with pytest.raises(UserError, match="full already exists and is not an empty folder"):
         to_hf(path, full)
     assert (full / "mine.txt").read_text() == "keep"
     (tmp_path / ".hf.partial").mkdir()  # left by an export that was killed
