@@ -195,14 +195,19 @@ class Training:
     def start(self) -> None:
         """Resume the newest checkpoint of the run folder, else start from given weights or fresh ones. Collective."""
         from megapt import checkpoint
-        from megapt.checkpoint.upkeep import newest
         from megapt.monitor.progress import emit
 
         together, given = self._together(), self.config.checkpoint
-        found = checkpoint.choose(self.engine.mesh, lambda: newest(self.upkeep.places))
+        found = self.upkeep.choose()
         origin = "fresh weights"
         if found is not None:
-            self._resume(found)
+            try:
+                self._resume(found)
+            except checkpoint.AgreedError as error:
+                advice = self.upkeep.without(found) if f"{found} is damaged" in str(error) else ""
+                raise checkpoint.AgreedError(f"{error}{advice}") from error
+            if given.from_scratch and self.leader:
+                emit(f"from_scratch: {self.folder} has a committed checkpoint, which the run goes on from")
             origin = f"resumed from {found}"
         elif (source := checkpoint.choose(self.engine.mesh, self._given)) is not None:
             self._load(source, weights_only=not given.load_optimizer)

@@ -7,12 +7,16 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import megapt
 from megapt.errors import UserError
+
+_CHUNK = 1 << 30  # one system call writes no more than 2 GiB
+_READY_WITHIN = 60.0  # seconds; it takes a fraction of one on a machine at rest
 
 
 class Writer:
@@ -22,22 +26,28 @@ class Writer:
     def __init__(self, inherited: Sequence[int]) -> None:
         root = str(Path(megapt.__file__).parents[1])
         known = os.environ.get("PYTHONPATH")
+        self._job = os.memfd_create("job", os.MFD_CLOEXEC)
+        self._last = "ready"  # the answer after which nothing can fail any more
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megapt.checkpoint.writer"],
+            [sys.executable, "-P", "-m", "megapt.checkpoint.writer", str(self._job)],  # -P: not from the current folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=inherited,
+            pass_fds=[self._job, *inherited],
             env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{known}" if known else root},
         )
         self._received = b""
         self.answers: dict[str, Any] = {}
 
     def give(self, job: dict[str, Any]) -> None:
-        """Let it write. The answers to the job before are forgotten."""
+        """Let it write; does not wait for it. The answers to the job before, which has ended, are forgotten."""
         assert self._process.stdin is not None
-        self.answers = {}
+        self.answers, self._last = {}, "written" if job["commit"] is None else "committed"
+        data = memoryview(json.dumps(job).encode())
+        os.ftruncate(self._job, len(data))
+        for at in range(0, len(data), _CHUNK):
+            os.pwrite(self._job, data[at : at + _CHUNK], at)
         try:
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.write(b"%d\n" % len(data))
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it died between two jobs: `failure` says so
@@ -63,14 +73,22 @@ class Writer:
         """Until that answer has come; raises UserError where the job failed instead."""
         while answer not in self.answers and self.failure is None:
             self.hear(60.0)
-        if self.failure is not None:
+        if answer not in self.answers:
             raise UserError(self.failure)
         return self.answers
+
+    def check_ready(self) -> None:
+        """UserError unless it has come to life."""
+        deadline = time.monotonic() + _READY_WITHIN
+        while not self.answers and time.monotonic() < deadline:
+            self.hear(1.0)
+        if "ready" not in self.answers:
+            raise UserError(self.failure or f"its background writer has not started within {_READY_WITHIN:g} s")
 
     @property
     def failure(self) -> str | None:
         """Why the job was not done, as far as was heard."""
-        return self.answers.get("error") or self.answers.get("died")
+        return None if self._last in self.answers else self.answers.get("error") or self.answers.get("died")
 
     @property
     def pid(self) -> int:
@@ -90,3 +108,4 @@ class Writer:
                 pass
         self._process.kill()
         self._process.wait()
+        os.close(self._job)

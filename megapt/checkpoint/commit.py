@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megapt.checkpoint import folders
 from megapt.checkpoint.index import Entry, Index, Slice, TensorIndex, marker_of
-from megapt.checkpoint.retention import Keep, retain
+from megapt.checkpoint.retention import Keep, prune
 from megapt.checkpoint.written import Written, note_name
 from megapt.errors import UserError
 from megapt.files import sync_folder, write_whole
@@ -25,7 +25,8 @@ class Commit:
     """What rank 0 needs to commit a checkpoint that `world` ranks write to the partial folder of `folder`.
 
     names: of all parameters, in their order, where it is known which there must be. keep: which checkpoints stay
-    afterwards, None for all.
+    afterwards, None for all. attempt: part of the partial folder's name, the same on all ranks: a rank or a writer that
+    outlived the job before finds no folder to write to.
     """
 
     folder: Path
@@ -34,10 +35,11 @@ class Commit:
     world: int
     names: list[str] | None = None
     keep: Keep | None = None
+    attempt: str = field(default_factory=folders.new_attempt)
 
     @property
     def partial(self) -> Path:
-        return folders.partial_folder(self.folder, self.step)
+        return folders.partial_folder(self.folder, self.step, self.attempt)
 
     @property
     def final(self) -> Path:
@@ -51,40 +53,59 @@ class Commit:
         keep = tree["keep"]
         return cls(**{**tree, "folder": Path(tree["folder"]), "keep": keep and Keep(**keep)})
 
-    def prepare(self) -> None:
-        """Make the partial folder. What earlier saves left behind goes first: it takes up room."""
+    def prepare(self) -> list[str]:
+        """Make the partial folder. What earlier saves left behind goes first: it takes up room. Returns warnings."""
         json.dumps(self.meta, allow_nan=False)
         if folders.is_committed(self.final):
             raise UserError(f"{self.final.name} is already committed there; move it away, or use another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        folders.clear_partials(self.folder)
+        folders.make(self.folder)
+        _, problems = folders.clear_partials(self.folder)
+        torn, more = folders.clear_torn(self.folder)
         self.partial.mkdir()
+        warnings = [f"removed {path}, which was never committed" for path in torn]
+        return warnings + [f"what an earlier save left cannot be removed: {error}" for error in problems + more]
 
     def complete(self, patience: float | None = None) -> list[str]:
         """Wait until every rank's note is there (at most `patience` seconds), commit, and remove what need not be
-        kept. Returns warnings: what could not be removed."""
+        kept. Returns warnings: once it is committed, nothing that goes wrong makes it a failure."""
         written = self._collect(patience)
         data = self._index(written).encode()
         for rank in range(self.world):
             (self.partial / note_name(rank)).unlink()
         write_whole(self.partial / folders.INDEX, data, make_folder=False)
+        if folders.is_committed(self.final):
+            raise UserError(f"{self.final} was committed there meanwhile")
         if self.final.exists():
-            shutil.rmtree(self.final)  # torn: `prepare` refuses a committed one
+            shutil.rmtree(self.final)
         os.rename(self.partial, self.final)
-        sync_folder(self.folder)
-        write_whole(self.final / folders.MARKER, marker_of(data), make_folder=False)
+        warnings = []
         try:
-            if self.keep is not None:
-                retain(self.folder, self.keep)
+            sync_folder(self.folder)
+            write_whole(self.final / folders.MARKER, marker_of(data), make_folder=False)
         except OSError as error:
-            return [f"older checkpoints in {self.folder} could not be removed and take up space: {error}"]
-        return []
+            if not folders.is_committed(self.final):
+                raise
+            warnings.append(f"{self.final} is committed, but might not survive a power cut: {error}")
+        try:
+            return warnings + self._tidy()
+        except Exception as error:  # noqa: BLE001 (whatever it is, the checkpoint is there)
+            return [*warnings, f"after the commit of {self.final}: {error!r}"]
 
     def discard(self) -> None:
         """Free the space of a checkpoint that failed."""
         shutil.rmtree(self.partial, ignore_errors=True)
         if not folders.is_committed(self.final):
             shutil.rmtree(self.final, ignore_errors=True)
+
+    def _tidy(self) -> list[str]:
+        if self.keep is None:
+            return []
+        _, problems = prune(self.folder, self.keep, self.final)
+        warnings = [f"an older checkpoint could not be removed and takes up space: {error}" for error in problems]
+        newest = folders.find_latest(self.folder)
+        if newest is not None and folders.step_of(newest) > self.step:
+            warnings.append(f"{newest} is of a higher step than {self.final.name}; move it away if it is of another run")
+        return warnings
 
     def _collect(self, patience: float | None) -> list[Written]:
         deadline = None if patience is None else time.monotonic() + patience

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from megapt.checkpoint.tensorfile import DTYPES, NAMES
 from megapt.mesh import ParallelMesh
 from megapt.zero.base import Fragment
 
+T = TypeVar("T")
 Local = dict[tuple[str, str], list[tuple[Piece, Tensor]]]
 
 
@@ -42,6 +43,15 @@ def gather_pieces(own: list[Piece], mesh: ParallelMesh) -> list[list[Piece]]:
     gathered: list[Any] = [None] * mesh.dp.size
     dist.all_gather_object(gathered, own, group=mesh.dp.group)
     return gathered
+
+
+def from_leader(value: T, mesh: ParallelMesh) -> T:
+    """Collective: the value that rank 0 has."""
+    if mesh.world == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=mesh.device)
+    return values[0]
 
 
 def bring(item: Item, local: Local, mesh: ParallelMesh) -> Tensor | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import sys
 import time
 from pathlib import Path
 
+from megapt.checkpoint import folders
 from megapt.errors import UserError
 
 NAME = ".lock"
@@ -25,13 +27,16 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
-        folder.mkdir(parents=True, exist_ok=True)
+        folders.make(folder)
         deadline = time.monotonic() + PATIENCE
         while (descriptor := self._attempt()) is None:
             if time.monotonic() > deadline:
-                raise UserError(f"another run is writing to {folder}; wait for it, stop it, or name another folder")
+                raise UserError(
+                    f"another run is writing to {folder}; wait for it, stop it{self._holder()}, or name another folder"
+                )
             time.sleep(_AGAIN)
         self.descriptor = descriptor
+        self._sign()
 
     def _attempt(self) -> int | None:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -49,16 +54,35 @@ class FolderLock:
         os.close(descriptor)  # its last holder has just taken the file away
         return None
 
+    def _sign(self) -> None:
+        """Who holds it, for the message of whoever does not get it."""
+        try:
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        except OSError:
+            pass  # a full disk is no reason not to hold the lock
+
+    def _holder(self) -> str:
+        try:
+            signature = self.path.read_text(errors="replace")
+        except OSError:
+            return ""
+        return f" ({signature})" if signature else ""
+
     @property
     def held(self) -> bool:
         """Whether the folder is still the one that was locked: it may have been removed meanwhile."""
         return _same(self.descriptor, self.path)
 
     def close(self) -> None:
-        """Give it back and leave no file."""
-        if self.held:
-            self.path.unlink()
-        os.close(self.descriptor)
+        """Give it back and leave no file, unless the folder has become read-only meanwhile."""
+        try:
+            if self.held:
+                self.path.unlink()
+        except OSError:
+            pass  # the lock is the kernel's, and ends with the descriptor
+        finally:
+            os.close(self.descriptor)
 
 
 def _same(descriptor: int, path: Path) -> bool:

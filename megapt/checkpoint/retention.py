@@ -27,23 +27,38 @@ class Keep:
 def retain(folder: str | Path, keep: Keep) -> list[Path]:
     """Remove the committed checkpoints that need not be kept, and what interrupted saves left behind.
 
-    Not collective: for rank 0, after a save, while none is under way. Returns the removed paths.
+    Not collective: for rank 0, after a save, while none is under way. Returns the removed paths; UserError if some could
+    not be removed.
     """
     if keep.last < 1:
         raise UserError(f"{keep.last} checkpoints cannot be kept; the newest one always stays: keep at least 1")
     folder = Path(folder)
-    removed = folders.clear_partials(folder)
+    left, problems = folders.clear_partials(folder)
+    removed, more = prune(folder, keep)
+    if problems or more:
+        raise UserError(f"not everything could be removed from {folder}: {'; '.join(map(str, problems + more))}")
+    return left + removed
+
+
+def prune(folder: Path, keep: Keep, just: Path | None = None) -> tuple[list[Path], list[OSError]]:
+    """Remove the committed checkpoints that need not be kept; `just`, which was saved just now, stays whatever its
+    step. Returns what is gone, and why the rest is not."""
     paths = folders.committed(folder)
-    kept = set(paths[-keep.last :])
+    kept = {just, *paths[-keep.last :]}
     if keep.every:
         kept |= {path for path in paths if folders.step_of(path) % keep.every == 0}
     if keep.best:
         kept |= set(best(paths, keep.best))
+    removed, problems = [], []
     for path in paths:
-        if path not in kept:
+        if path in kept:
+            continue
+        try:
             folders.remove(path)
             removed.append(path)
-    return removed
+        except OSError as error:
+            problems.append(error)
+    return removed, problems
 
 
 def best(paths: list[Path], count: int) -> list[Path]:
@@ -58,7 +73,9 @@ def best(paths: list[Path], count: int) -> list[Path]:
             validation = read_index(path, files=False).meta.get("validation")
         except UserError:
             continue
-        if validation is not None and math.isfinite(validation["loss"]):
-            measured.setdefault(validation["step"], (validation["loss"], path))
+        if isinstance(validation, dict):
+            step, loss = validation.get("step"), validation.get("loss")
+            if type(step) is int and type(loss) in (int, float) and math.isfinite(loss):
+                measured.setdefault(step, (loss, path))
     ranking = sorted(measured.values(), key=lambda found: found[0])
     return [path for _, path in ranking[:count]]

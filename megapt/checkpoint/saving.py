@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from megapt.checkpoint.background import Writer
+from megapt.checkpoint.choice import PATIENCE
 from megapt.checkpoint.commit import Commit
-from megapt.checkpoint.gathering import Local, bring, gather_pieces, local_pieces
+from megapt.checkpoint.folders import is_committed, new_attempt
+from megapt.checkpoint.gathering import Local, bring, from_leader, gather_pieces, local_pieces
 from megapt.checkpoint.lock import FolderLock
 from megapt.checkpoint.plan import Item, Piece, plan
 from megapt.checkpoint.retention import Keep
@@ -33,6 +35,7 @@ from megapt.mesh import ParallelMesh, all_reduce
 from megapt.parameters import ParameterTable
 from megapt.zero.base import Fragment
 
+_AGAIN = 0.05
 _SEEN_WITHIN = 60.0  # seconds until rank 0 must see what other machines have written to a shared file system
 
 
@@ -74,13 +77,16 @@ class Saved:
 
 @dataclass
 class _Flight:
-    """A save whose snapshot is taken and whose files are being written. told: whether `hear` has told of its end."""
+    """A save whose snapshot is taken and whose files are being written. told: whether `hear` has told of its end;
+    since: when that began (perf_counter)."""
 
     commit: Commit
     nbytes: int
     stall: float
     wait: float
+    warnings: tuple[str, ...]
     told: bool = False
+    since: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Saver:
         what = "checkpoints cannot be saved in the background (checkpoint.asynchronous=false saves them without): "
         together = Together(self.mesh, what)
         planned, _ = self._plan(fragments, together)
-        together.run(lambda: self._make_ready(planned))
+        together.run(lambda: self._make_ready(planned).check_ready())
         together.agree()
 
     def save(
@@ -157,19 +163,20 @@ class Saver:
         self.finish()
         started = time.perf_counter()
         waited, self._waited = self._waited, 0.0
-        commit = Commit(Path(folder), step, meta, self.mesh.world, self.names, keep)
+        attempt = from_leader(new_attempt(), self.mesh)
+        commit = Commit(Path(folder), step, meta, self.mesh.world, self.names, keep, attempt)
         together = Together(self.mesh, _not_saved(commit))
         planned, local = self._plan(fragments, together)
-        if self.leader:
-            together.run(lambda: self._prepare(commit, planned.needed))
+        prepared = together.run(lambda: self._prepare(commit, planned.needed)) if self.leader else None
         together.agree()
+        warned = tuple(prepared or ())
         try:
             together.run(lambda: _check_visible(commit.partial))
             together.agree()
             if background:
                 self._take_snapshot(planned, local, together)
                 self._hand_over(commit, planned)
-                self._flight = _Flight(commit, planned.nbytes, time.perf_counter() - started, waited)
+                self._flight = _Flight(commit, planned.nbytes, time.perf_counter() - started, waited, warned)
                 return None
             self._write(commit.partial, planned, local, together)
             warnings = together.run(lambda: commit.complete(_SEEN_WITHIN)) if self.leader else None
@@ -179,7 +186,7 @@ class Saver:
                 commit.discard()
             raise
         taken = time.perf_counter() - started
-        return Saved(commit.final, step, planned.nbytes, taken, waited, taken, False, tuple(warnings or ()))
+        return Saved(commit.final, step, planned.nbytes, taken, waited, taken, False, (*warned, *(warnings or ())))
 
     def hear(self) -> Saved | None:
         """Rank 0 is told once of the commit of the save in the background, as soon as it is known. Not collective."""
@@ -214,7 +221,7 @@ class Saver:
             together.run(lambda: writer.wait("written"))
             together.agree()  # only now is it sure that rank 0's writer does not wait for a note that never comes
             if self.leader:
-                together.run(lambda: writer.wait("committed"))
+                together.run(lambda: _await_commit(writer, flight.commit))
             together.agree()
             return self._tell() if self.leader else None
         except UserError:
@@ -232,9 +239,9 @@ class Saver:
         self._end_writer()
         if self._snapshot is not None:
             self._snapshot.close()
-        for lock in self._locks.values():
-            lock.close()
-        self._locks = {}
+            self._snapshot = None
+        while self._locks:
+            self._locks.popitem()[1].close()
 
     def _plan(self, fragments: Iterable[Fragment], together: Together) -> tuple[_Plan, Local]:
         """Collective: the plan for these fragments, which is made anew only where some rank's have changed."""
@@ -256,14 +263,15 @@ class Saver:
             self._known = _Plan(pieces, items, own, at, snapshot, *totals.tolist())
         return self._known, local
 
-    def _prepare(self, commit: Commit, needed: int) -> None:
+    def _prepare(self, commit: Commit, needed: int) -> list[str]:
         self.claim(commit.folder)
-        commit.prepare()
+        warnings = commit.prepare()
         try:
             check_space(commit.partial, needed)
         except UserError:
             commit.discard()
             raise
+        return warnings
 
     def _write(self, partial: Path, planned: _Plan, local: Local, together: Together) -> None:
         """Collective over dp. After a local failure the rank goes on sending, and drops what it receives."""
@@ -296,7 +304,7 @@ class Saver:
         assert self._snapshot is not None
         self._snapshot.put(at, tensor)
 
-    def _make_ready(self, planned: _Plan) -> None:
+    def _make_ready(self, planned: _Plan) -> Writer:
         if self._snapshot is None:
             self._snapshot = Snapshot(self.mesh.device)
         self._snapshot.reserve(planned.snapshot)
@@ -304,6 +312,7 @@ class Saver:
             self._end_writer()
             locks = [lock.descriptor for lock in self._locks.values()]
             self._writer = Writer([self._snapshot.descriptor, *locks])
+        return self._writer
 
     def _hand_over(self, commit: Commit, planned: _Plan) -> None:
         assert self._writer is not None and self._snapshot is not None
@@ -325,8 +334,9 @@ class Saver:
         if flight.told:
             return None
         flight.told = True
-        seconds, warnings = writer.answers["seconds"], tuple(writer.answers["warnings"])
-        commit = flight.commit
+        commit, answers = flight.commit, writer.answers
+        seconds = answers.get("seconds", time.perf_counter() - flight.since)
+        warnings = (*flight.warnings, *answers.get("warnings", ()))
         return Saved(commit.final, commit.step, flight.nbytes, flight.stall, flight.wait, seconds, True, warnings)
 
     def _end_writer(self) -> None:
@@ -339,9 +349,22 @@ def _not_saved(commit: Commit) -> str:
     return f"the checkpoint of step {commit.step} was not saved to {commit.folder}: "
 
 
+def _await_commit(writer: Writer, commit: Commit) -> None:
+    try:
+        writer.wait("committed")
+    except UserError:
+        if not is_committed(commit.final):  # it may have died between the commit and its answer
+            raise
+
+
 def _check_visible(partial: Path) -> None:
-    if not partial.is_dir():
-        raise UserError(f"{partial}, made by rank 0, is not seen here: it must lie on a shared file system")
+    deadline = time.monotonic() + PATIENCE
+    while not partial.is_dir():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{partial}, made by rank 0, is not seen here after {PATIENCE:g} s: it must lie on a shared file system"
+            )
+        time.sleep(_AGAIN)
 
 
 def _add(files: RankFiles, rectangle: Rectangle, tensor: Tensor) -> None:

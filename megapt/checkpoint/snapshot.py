@@ -62,6 +62,7 @@ class Snapshot:
     def _unpin(self) -> None:
         if self.device.type == "cuda" and self.nbytes:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr()))
+        self.nbytes = 0
 
 
 def places(slots: list[Slot]) -> tuple[list[int], int]:

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megapt.checkpoint import folders
+from megapt.checkpoint.choice import choose
+from megapt.checkpoint.gathering import from_leader
+from megapt.checkpoint.index import read_index
 from megapt.checkpoint.retention import Keep
 from megapt.checkpoint.saving import Saved, Saver
 from megapt.checkpoint.space import readable
 from megapt.config import CheckpointConfig
 from megapt.errors import UserError
+from megapt.files import write_whole
 from megapt.mesh import ParallelMesh
 from megapt.parameters import ParameterTable
 from megapt.zero.base import Fragment
 
 CHECKPOINTS = "checkpoints"
 EPHEMERAL = "ephemeral"
+IDENTITY = ".id"  # in the run folder: what its checkpoints elsewhere are known by, also where the folder was copied
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of checkpoints, one every so many steps (0: none by the step)."""
+    """A folder of checkpoints, one every so many steps (0: none by the step). apart: not in the run folder, so that
+    those of other runs may lie there."""
 
     folder: Path
     every: int
     keep: Keep
+    apart: bool = False
 
     def due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
@@ -39,14 +47,40 @@ def places(config: CheckpointConfig, run: Path) -> list[Place]:
     found = [Place(folder, config.every, Keep(config.keep, config.keep_every or 0, config.keep_best))]
     if ephemeral is not None:
         where = Path(ephemeral.folder) if ephemeral.folder is not None else folder / EPHEMERAL
-        found.append(Place(where, ephemeral.every, Keep(ephemeral.keep)))
+        apart = not where.resolve().is_relative_to(run.resolve())
+        found.append(Place(where, ephemeral.every, Keep(ephemeral.keep), apart))
     return found
 
 
-def newest(found: list[Place]) -> Path | None:
-    """The committed checkpoint of the highest step in all places; of two, the lasting one."""
-    latest = [path for place in found if (path := folders.find_latest(place.folder)) is not None]
+def identity(run: Path) -> str:
+    """What a run folder is known by: what stands in it, else what may be written there."""
+    try:
+        return (run / IDENTITY).read_text().strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return secrets.token_hex(8)
+
+
+def newest(
+    found: list[Place], run_id: str, say: Callable[[str], None] = lambda line: None, below: int | None = None
+) -> Path | None:
+    """The run's committed checkpoint of the highest step (below `below`) in all places; of two, the lasting one."""
+    latest = [path for place in found if (path := _newest_of(place, run_id, say, below)) is not None]
     return max(latest, key=folders.step_of, default=None)
+
+
+def _newest_of(place: Place, run_id: str, say: Callable[[str], None], below: int | None) -> Path | None:
+    others = []
+    own = None
+    for path in reversed(folders.committed(place.folder)):
+        if below is not None and folders.step_of(path) >= below:
+            continue
+        if not place.apart or read_index(path, files=False).meta.get("run") == run_id:
+            own = path
+            break
+        others.append(path)
+    if others:
+        say(f"WARNING: {', '.join(map(str, others))}: of another run; not resumed")
+    return own
 
 
 def leftovers(found: list[Place]) -> list[str]:
@@ -75,10 +109,29 @@ class Upkeep:
         self.say, self.measure, self.agree = say, measure, agree
         self.places = places(config, run)
         self.saver = Saver(mesh, table)
+        self._run = run
+        self._id = identity(run)
         self._retry: tuple[int, Place] | None = None
 
+    def choose(self) -> Path | None:
+        """The checkpoint that the run goes on from, None if it has none; see `choice.choose`."""
+        self._id = from_leader(self._id, self.mesh)
+        say = self.say if self.mesh.rank == 0 else lambda line: None
+        return choose(self.mesh, lambda: newest(self.places, self._id, say))
+
+    def without(self, damaged: Path) -> str:
+        """Advice to whoever cannot go on from this one."""
+        try:
+            older = newest(self.places, self._id, below=folders.step_of(damaged))
+        except UserError:
+            older = None
+        return "" if older is None else f"; move {damaged.name} away to go on from {older}"
+
     def claim(self) -> None:
-        """Lock the places before anything is written there. For rank 0; UserError if another run writes to one."""
+        """Lock the places before anything is written there, and leave the run's identity in its folder. For rank 0;
+        UserError if another run writes to one."""
+        if not (self._run / IDENTITY).exists():
+            write_whole(self._run / IDENTITY, f"{self._id}\n".encode())
         for place in self.places:
             try:
                 self.saver.claim(place.folder)
@@ -96,7 +149,8 @@ class Upkeep:
     def save(self, step: int, fragments: Iterable[Fragment], meta: dict[str, Any], final: bool) -> None:
         """Write the checkpoint of a step. A failure leaves older ones whole and training going: it is told, and tried
         again. That of the final one, for which nothing more comes, is raised (AgreedError)."""
-        self._settle(step)
+        self._settle(step, final)
+        meta = {**meta, "run": self._id}
         place = (None if final else self._place(step)) or self.places[0]
         background = self.config.asynchronous and not final
         try:
@@ -130,21 +184,22 @@ class Upkeep:
             return self._retry[1]
         return due
 
-    def _settle(self, step: int) -> None:
-        """Wait for the save in the background."""
+    def _settle(self, step: int, ending: bool = False) -> None:
+        """Wait for the save in the background. ending: the run saves once more, and no training follows."""
         place = self.saver.writing_to
         try:
             saved = self.saver.finish()
         except UserError as error:
-            self._failed(step, next(p for p in self.places if p.folder == place), error)
+            self._failed(step, next(p for p in self.places if p.folder == place), error, ending)
             return
         if saved is not None:
             self._tell(saved)
 
-    def _failed(self, step: int, place: Place, error: UserError) -> None:
+    def _failed(self, step: int, place: Place, error: UserError, ending: bool = False) -> None:
         self._retry = (step + self.config.retry, place)
         if self.mesh.rank == 0:
-            self.say(f"WARNING: {error}; training goes on, it is tried again at step {self._retry[0]} at the latest")
+            more = f"training goes on, it is tried again at step {self._retry[0]} at the latest"
+            self.say(f"WARNING: {error}; {'the last checkpoint follows' if ending else more}")
             self.measure(step, {"save_failed": 1})
 
     def _tell(self, saved: Saved) -> None:

@@ -1,6 +1,8 @@
 """The background writer: a process beside each rank that writes snapshots while the rank trains.
 
-Jobs come as JSON lines on stdin, answers go as JSON lines to stdout: {"written": ...} once this rank's files are on
+A line on stdin says how many bytes of JSON the next job is, which lie in the memory whose descriptor is the argument:
+a pipe would hold up the rank where the writer does not read. Answers go as JSON lines to stdout: {"ready": ...} at the
+beginning, {"written": ...} once this rank's files are on
 disk, from rank 0 also {"committed": ...}, or {"error": ...}. It ends with its rank, killed or not, since its stdin ends
 then. It imports no torch, so that it starts in a moment and stays small.
 """
@@ -29,7 +31,8 @@ def main() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    _answer(ready=True)
+    threading.Thread(target=_listen, args=(jobs, int(sys.argv[1])), daemon=True).start()
     while True:
         job = jobs.get()
         try:
@@ -38,9 +41,10 @@ def main() -> None:
             _answer(error=str(error))
 
 
-def _listen(jobs: queue.SimpleQueue[dict[str, Any]]) -> None:
+def _listen(jobs: queue.SimpleQueue[dict[str, Any]], memory: int) -> None:
     for line in sys.stdin:
-        jobs.put(json.loads(line))
+        with mmap.mmap(memory, int(line), prot=mmap.PROT_READ) as job:
+            jobs.put(json.loads(job[:]))
     os._exit(0)  # in the midst of whatever: what is not committed does not count
 
 

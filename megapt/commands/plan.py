@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import dataclass
 from enum import StrEnum
@@ -41,6 +42,8 @@ class Device(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
 
+
+MOST = 1 << 20  # ranks: beyond it the numbers that work take long to be found
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
@@ -92,7 +95,7 @@ class _Request:
 def layouts(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="Ranks: one per GPU, or per CPU core.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, max=MOST, help="Ranks: one per GPU, or per CPU core.")] = None,
     hardware: Annotated[str, typer.Option(help="Its name, or a file that `megapt plan calibrate` wrote.")] = "h100",
     memory_margin: Annotated[
         float | None, typer.Option(min=0.0, max=0.95, help="Share of the memory that stays free; default: 0.05.")
@@ -128,7 +131,7 @@ def layouts(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Take a step of the config's own layout on fake tensors instead.")
     ] = False,
-    world: Annotated[int | None, typer.Option(min=1, help="Ranks of the dry run; default: --gpus.")] = None,
+    world: Annotated[int | None, typer.Option(min=1, max=MOST, help="Ranks of the dry run; default: --gpus.")] = None,
     rank: Annotated[str, typer.Option(help="Ranks to be run: all-stages, or numbers as in 0,512.")] = "all-stages",
 ) -> None:
     """Rank every legal layout of a model on a cluster by speed, with its memory by item; nothing is run.
@@ -151,6 +154,13 @@ def layouts(
     for file in (write, html, json_file):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{file.parent} is no folder; {file.name} cannot be written there")
+        if file is not None and file.is_dir():
+            raise UserError(f"{file} is a folder; name a file in it")
+    if pictures is not None and pictures.exists() and not pictures.is_dir():
+        raise UserError(f"--pictures {pictures} is a file; name a folder")
+    for option, amount in (("--tokens", tokens), ("--budget-hours", budget_hours)):
+        if amount is not None and not math.isfinite(amount):
+            raise UserError(f"{option} {amount}: give a number, as in 15e12")
     margin = MARGIN if memory_margin is None else memory_margin
     named = backend.value if backend else None
     request = _Request(
@@ -206,11 +216,12 @@ class _Answer:
     def _print_table(self) -> None:
         from rich.console import Console
 
-        from megapt.plan.table import WIDTH, details, ranking, summary, title
+        from megapt.plan.table import WIDTH, details, ranking, summary, title, whole_width
 
         console = Console(highlight=False)
-        console = Console(highlight=False, width=max(console.width, WIDTH))
-        console.print(ranking(self.plan, self.rows, title(self.plan)))
+        table = ranking(self.plan, self.rows, title(self.plan))
+        console = Console(highlight=False, width=max(console.width, WIDTH, whole_width(table)))
+        console.print(table)
         console.print()
         console.print(details(self.plan, self.rows))
         typer.echo(summary(self.plan))

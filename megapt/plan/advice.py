@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megapt.config import Config
@@ -11,7 +12,9 @@ from megapt.plan.candidates import (
     Layout,
     Wanted,
     cells,
+    divisors,
     sample_unit,
+    schedules,
     sequence_choices,
     tensor_degrees,
     zero_stages,
@@ -50,6 +53,9 @@ def _none_wanted(config: Config, world: int, only: Wanted | None, backend: str |
     advice = "leave some of the values open"
     if config.zero.offload:
         advice = "zero.offload needs deepspeed without a pipeline, and AdamW; leave it out, or take fewer ranks"
+    samples = sample_unit(config)
+    if only and samples % only.given.get("micro", 1):
+        advice = f"micro x data must divide {samples:,} samples: micro is one of {', '.join(map(str, divisors(samples)))}"
     sizes = ", ".join(f"tp={tp} pp={pp} dp={dp}" for tp, pp, dp in list(cells(config, world))[:12])
     return f"no legal layout of {world:,} ranks has {asked}; legal sizes of the axes: {sizes}; {advice}"
 
@@ -94,12 +100,13 @@ def _nearest_batch(config: Config, world: int) -> str:
 
 def nothing_fits(plan: Plan) -> str:
     """What is missing, and the smallest cluster of this hardware that would do."""
-    from megapt.plan.search import evaluate, room
+    from megapt.plan.search import room
     from megapt.plan.table import gib, memory_items
 
-    layout, _ = min(plan.tight.values(), key=lambda item: item[1])
-    option = evaluate(plan.config, layout, plan.hardware)
-    limit = room(plan.hardware, plan.margin)
+    option = least_memory(plan)
+    if option is None:
+        return f"no layout of {plan.world:,} ranks keeps {plan.only}: give a larger budget, or another policy"
+    layout, limit = option.layout, room(plan.hardware, plan.margin)
     items = ", ".join(f"{name} {gib(size)}" for name, size in memory_items(option.worst).items() if size)
     lines = [
         f"the model fits in no layout of {plan.world:,} ranks: {plan.hardware.name} has {plan.hardware.memory.gib:g} "
@@ -112,6 +119,19 @@ def nothing_fits(plan: Plan) -> str:
     else:
         lines.append(f"the smallest cluster of them that would do has {found.layout.world:,}: {found.layout}")
     return "; ".join(lines)
+
+
+def least_memory(plan: Plan) -> Option | None:
+    """Of a plan in which nothing fits, the layout that needs least; None where it is a budget that cannot be kept."""
+    from megapt.plan.search import evaluate, evaluate_memory, room
+
+    def needs(layout: Layout) -> int:
+        return max(stage.total for stage in evaluate_memory(plan.config, layout, plan.hardware))
+
+    layout = min(_least_of_each_cell(plan, plan.world), key=needs)
+    if needs(layout) <= room(plan.hardware, plan.margin):
+        return None
+    return evaluate(plan.config, layout, plan.hardware)
 
 
 def smallest_cluster(plan: Plan) -> Option | None:
@@ -144,15 +164,36 @@ def _holds(plan: Plan, world: int) -> bool:
 
     config, limit = plan.config, room(plan.hardware, plan.margin)
     bounds = Bounds(config, plan.hardware, is_cpu(plan.hardware))
-    found: list[tuple[int, Layout]] = []
-    for tp, pp, dp in cells(config, world):
-        sequence = sequence_choices(config, tp, 1)[0]
-        for zero in zero_stages(config, pp, plan.backend)[-1:]:
-            layout = Layout(tp, pp, dp, zero=zero, recompute="full", sequence=sequence)
-            if plan.only is None or plan.only.allows(layout):
-                found.append((bounds.least(layout), layout))
+    found = ((bounds.least(layout), layout) for layout in _least_of_each_cell(plan, world))
     near = sorted(item for item in found if item[0] <= limit)
     return any(max(s.total for s in evaluate_memory(config, layout, plan.hardware)) <= limit for _, layout in near)
+
+
+def _least_of_each_cell(plan: Plan, world: int) -> list[Layout]:
+    """Of each size of the axes the layout that needs least memory, with the values that were asked for.
+
+    None of a size that these values do not go with; for a budget of activations, the layout that computes all again.
+    """
+    config, only, found = plan.config, plan.only, []
+    given = only.given if only else {}
+    for tp, pp, dp in cells(config, world):
+        micro = given.get("micro", 1)
+        if sample_unit(config) // dp % micro:
+            continue
+        asked = str(given.get("zero", ""))
+        backend = asked.partition("-")[0] if asked else plan.backend
+        stages = zero_stages(config, pp, backend, asked.endswith("-offload") if asked else None)
+        for zero in stages[-1:]:
+            sequence = sequence_choices(config, tp, micro)[0]
+            layout = Layout(tp, pp, dp, zero=zero, recompute="full", sequence=sequence)
+            made = only.onto(layout) if only else layout
+            if made.recompute.startswith("budget"):
+                made = replace(made, recompute="full")
+            ways = schedules(config, pp, config.batch.global_samples // (micro * dp))
+            same_axes = (made.tp, made.pp, made.dp) == (tp, pp, dp)
+            if same_axes and made.zero in stages and (made.schedule, made.chunks) in ways:
+                found.append(made)
+    return found
 
 
 def _larger_worlds(world: int, hardware: Hardware) -> Iterator[int]:

@@ -241,14 +241,15 @@ def schedules(config: Config, pp: int, micro_batches: int) -> Iterator[tuple[str
             yield "interleaved", chunks
 
 
-def zero_stages(config: Config, pp: int, backend: str | None) -> list[str]:
+def zero_stages(config: Config, pp: int, backend: str | None, offload: bool | None = None) -> list[str]:
     """Backends and stages that are legal.
 
-    backend: the only one to be taken; None for native, and deepspeed where it alone can.
+    backend: the only one to be taken; None for native, and deepspeed where it alone can. offload: default as the config
+    says.
     """
     optimizer = config.optimizer
     deepspeed = not (config.precision == "fp16" or optimizer.kind == "muon" or optimizer.stochastic_rounding)
-    if config.zero.offload:
+    if config.zero.offload if offload is None else offload:
         return [f"deepspeed-{stage}-offload" for stage in (1, 2, 3)] if pp == 1 and deepspeed else []
     if backend == "deepspeed" and not deepspeed:
         return []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megapt.config import from_tree
 from megapt.errors import UserError
-from megapt.plan.candidates import Layout, Wanted
+from megapt.plan.advice import least_memory
+from megapt.plan.candidates import DEFAULT_CHUNKS, Layout, Wanted, divisors
 from megapt.plan.search import Option, Plan, evaluate, room, search
 from megapt.plan.table import gib, memory_items
 from megapt.rules import check_world
@@ -52,8 +54,10 @@ def explain(plan: Plan, wanted: Wanted) -> Explanation:
     except UserError as error:
         return Explanation(f"{wanted} is not legal: {error}")
     if not found.ranked:
-        layout, _ = min(found.tight.values(), key=lambda item: item[1])
-        return _too_large(plan, wanted, evaluate(plan.config, layout, plan.hardware))
+        least = least_memory(found)
+        if least is None:
+            return Explanation(f"{wanted} is not possible: no layout keeps that little")
+        return _too_large(plan, wanted, least)
     return compare(plan, found.best, f"{wanted}")
 
 
@@ -64,6 +68,11 @@ def _broken(plan: Plan, wanted: Wanted) -> Explanation | None:
     """
     config, given = plan.config, wanted.given
     layout = wanted.onto(plan.best.layout if plan.ranked else Layout())
+    # Only what was given may be at fault: the best layout's other axes give way to it.
+    if "tp" not in given and plan.world % (layout.tp * layout.pp):
+        layout = replace(layout, tp=1)
+    if "pp" not in given:
+        layout = replace(layout, pp=_pipeline(plan, layout, given))
     if "dp" not in given:
         layout = replace(layout, dp=max(1, plan.world // (layout.tp * layout.pp)))
     if "micro" not in given:
@@ -79,6 +88,16 @@ def _broken(plan: Plan, wanted: Wanted) -> Explanation | None:
     except UserError as error:
         return Explanation(f"{wanted} is not legal: {error}")
     return None
+
+
+def _pipeline(plan: Plan, layout: Layout, given: dict[str, Any]) -> int:
+    """The best layout's pipeline size, or one that goes with the values given."""
+    ranks = plan.world // layout.tp
+    pp = layout.pp if plan.world % (layout.tp * layout.pp) == 0 else 1
+    if pp == 1 and (given.get("chunks", 1) > 1 or given.get("schedule") in DEFAULT_CHUNKS):
+        most = plan.config.model.layers // given.get("chunks", 2)
+        return min((size for size in divisors(ranks) if 1 < size <= most), default=1)
+    return pp
 
 
 def compare(plan: Plan, option: Option, name: str) -> Explanation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -144,9 +145,12 @@ class Hardware(Section):
         return _checked(tree, f"changed by {', '.join(changes)}")
 
 
-# What a unit is of the one that the files use. Small and capital b are bits and bytes.
-_UNITS = {"": 1.0, "GB": 1.0, "GB/s": 1.0, "TB/s": 1e3, "GiB": 1.0, "us": 1e-6, "ms": 1e-3, "TFLOP/s": 1.0}
-_UNITS |= dict.fromkeys(("Gb", "Gb/s", "Gbit", "Gbit/s", "Gbps"), 1 / 8)
+# Units of a kind of figure, each as a multiple of what the files use. Small and capital b are bits and bytes.
+_RATES = {"GB": 1.0, "GB/s": 1.0, "TB/s": 1e3} | dict.fromkeys(("Gb", "Gb/s", "Gbit", "Gbit/s", "Gbps"), 1 / 8)
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_UNITS = dict.fromkeys(("bandwidth", "host", "storage", "storage_total"), _RATES)
+_UNITS |= {"launch": _SECONDS, "latency": _SECONDS, "gib": {"GiB": 1.0, "TiB": 1024.0}}
+_UNITS |= dict.fromkeys(("bf16", "fp16", "fp32", "fp64", "fp8"), {"TFLOP/s": 1.0})
 _VALUE = re.compile(r"([-+0-9.eE]+)\s*([A-Za-z/]*)")
 
 
@@ -157,28 +161,31 @@ def _change(tree: dict[str, Any], change: str) -> None:
     for part in path:
         here = here.get(part) if isinstance(here, dict) else None
     if not equals or not isinstance(here, dict) or last not in here:
-        raise UserError(f"{change!r} is not of the form name=value, with a name out of {', '.join(_names(tree))}")
+        known = [*(name for name, value in tree.items() if isinstance(value, dict)), *_names(tree)]
+        near = difflib.get_close_matches(key.strip(), known, n=1) if equals else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{change!r} is not of the form name=value, with a name out of {', '.join(_names(tree))}{hint}")
     text = text.strip()
     if isinstance(here[last], dict):
         if "bandwidth" not in here[last]:
             several = ", ".join(f"{key}.{name}" for name in here[last])
             raise UserError(f"{key} has several figures: name one of {several}")
-        here, last = here[last], "gib" if text.lower().endswith("gib") else "bandwidth"
-    here[last] = _value(change, text, here[last])
+        here, last = here[last], "gib" if "gib" in here[last] and text.endswith("iB") else "bandwidth"
+    here[last] = _value(change, text, here[last], _UNITS.get(last, {}))
 
 
-def _value(change: str, text: str, before: Any) -> Any:
+def _value(change: str, text: str, before: Any, known: dict[str, float]) -> Any:
     if isinstance(before, str):
         return text
     match = _VALUE.fullmatch(text)
-    factor = _UNITS.get(match.group(2)) if match else None
+    factor = ({"": 1.0} | known).get(match.group(2)) if match else None
     try:
         value = float(match.group(1)) if match else None
     except ValueError:
         value = None
     if value is None or factor is None:
-        units = ", ".join(filter(None, _UNITS))
-        raise UserError(f"{change!r}: {text!r} is not a number with a unit out of {units} or none")
+        units = f" with a unit out of {', '.join(known)} or none" if known else " without a unit"
+        raise UserError(f"{change!r}: {text!r} is not a number{units}")
     value *= factor
     return int(value) if isinstance(before, int) and not isinstance(before, bool) and value.is_integer() else value
 
@@ -208,10 +215,8 @@ def load(name_or_path: str | Path) -> Hardware:
             raise UserError(f"hardware file {given} does not exist; without a file, name one of {', '.join(names())}")
         return read(path)
     if given.lower() not in names():
-        import difflib
-
         near = difflib.get_close_matches(given.lower(), names(), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise UserError(f"hardware {given!r} is not known{hint} Known: {', '.join(names())}; or a path to a YAML file")
     return read(FOLDER / f"{given.lower()}.yaml")
 

@@ -13,7 +13,7 @@ import yaml
 from megapt.config import Config, Loaded, load
 from megapt.files import write_whole
 from megapt.plan.search import Option, Plan
-from megapt.plan.table import WIDTH, details, printed, ranking, summary, title
+from megapt.plan.table import WIDTH, details, printed, ranking, summary, title, whole_width
 
 _MARK = "# Chosen by `"
 # Written although they are the defaults: what a reader looks for in a layout.
@@ -42,7 +42,9 @@ def text(
     notes: Sequence[str] = (),
 ) -> str:
     """The config in the option's layout: what its file stated, and what the layout changes. source: the file's text."""
-    tables = [*printed(ranking(plan, rows)).splitlines(), "", *printed(details(plan, rows)).splitlines()]
+    ranked = ranking(plan, rows)
+    first, second = printed(ranked, max(WIDTH, whole_width(ranked))), printed(details(plan, rows))
+    tables = [*first.splitlines(), "", *second.splitlines()]
     chosen = next((number for number, row in enumerate(rows, 1) if row is option), 0)
     which = f"Number {chosen} is this file's." if chosen else f"This file's: {option.layout}."
     after = [line for said in (which, *summary(plan).splitlines()) for line in textwrap.wrap(said, WIDTH)]

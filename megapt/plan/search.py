@@ -70,8 +70,8 @@ class Plan:
 
     ranked: fastest first, all that were worked out and fit; front: of these, the ones that none beats in both
     throughput and memory, fastest first; tight: of each tensor and pipeline size of which none fits, the layout that
-    needs least and its bytes at least; legal: layouts in all; timed: those that were worked out; backend, only: what
-    was asked for.
+    needs least and its bytes at least (sizes with layouts that were left out as too slow are not among them); legal:
+    layouts in all; timed: those that were worked out; backend, only: what was asked for.
     """
 
     config: Config
@@ -153,8 +153,8 @@ def search(
     for option in ranked:
         if not front or option.bytes < front[-1].bytes:
             front.append(option)
-    fitting = {option.layout.cell for option in ranked}
-    tight = {cell: least for cell, least in run.tight.items() if cell not in fitting}
+    open_cells = {option.layout.cell for option in ranked} | run.left
+    tight = {cell: least for cell, least in run.tight.items() if cell not in open_cells}
     return Plan(config, world, hardware, margin, ranked, front, tight, run.legal, run.timed, backend, only)
 
 
@@ -191,6 +191,7 @@ class _Search:
         self.heap: list[_Candidate] = []
         self.found: list[Option] = []
         self.tight: dict[tuple[int, int], tuple[Layout, int]] = {}
+        self.left: set[tuple[int, int]] = set()  # cells with layouts that were left out and may fit
         self.best_of: dict[tuple[int, int], float] = {}
         self.fastest: list[float] = []
         self.front: list[tuple[float, int]] = []
@@ -205,9 +206,12 @@ class _Search:
         while self.heap:
             candidate = heapq.heappop(self.heap)
             if candidate.seconds > _FAR * self.fastest_seconds:
+                self.left |= {one.layout.cell for one in (candidate, *self.heap)}
                 break
             if self._matters(candidate):
                 self._work_out(candidate)
+            else:
+                self.left.add(candidate.layout.cell)
 
     def _bases(self) -> Iterator[Layout]:
         """Every legal layout but for what it computes again, without those that cannot fit whatever that is."""
@@ -240,7 +244,8 @@ class _Search:
         if "zero" not in given:
             return distinct_zero_stages(self.config, pp, dp, self.backend)
         asked = str(given["zero"])
-        return [asked] if asked in zero_stages(self.config, pp, asked.partition("-")[0]) else []
+        offload = asked.endswith("-offload")
+        return [asked] if asked in zero_stages(self.config, pp, asked.partition("-")[0], offload) else []
 
     def _distinct(self, pp: int, ways: list[tuple[str, int]], given: dict[str, object]) -> Iterator[tuple[str, int]]:
         """Of numbers of chunks whose largest virtual stage has as many layers, the smallest: the most even one."""
@@ -260,7 +265,9 @@ class _Search:
             if policy == "budget":
                 self._push(replace(base, recompute=wanted), "full", None)
             else:
-                self._push(base, policy, int(amount) if amount else None)
+                most = int(amount) if amount else None
+                if most is None or most <= max(1, self.config.model.layers - base.pp * base.chunks + 1):
+                    self._push(base, policy, most)
                 if policy != "none" and not amount:
                     self._push_mix(base, policy, 1)
             return

@@ -16,7 +16,8 @@ WIDTH = 118
 
 
 def gib(size: float) -> str:
-    return f"{size / 2**30:,.1f}"
+    """With a decimal, or with three where one would be next to nothing."""
+    return f"{size / 2**30:,.1f}" if size == 0 or size >= 0.05 * 2**30 else f"{size / 2**30:.3f}"
 
 
 def memory_items(stage: StageMemory) -> dict[str, int]:
@@ -185,6 +186,15 @@ def plan_as_dict(plan: Plan, options: Sequence[Option]) -> dict[str, Any]:
         "front": [as_dict(option) for option in plan.front],
         "do_not_fit": {f"tp={tp},pp={pp}": size for (tp, pp), (_, size) in sorted(plan.tight.items())},
     }
+
+
+def whole_width(table: Table) -> int:
+    """Columns in which nothing of a table that does not fold is cut off."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(width=1000)
+    return Measurement.get(console, console.options, table).maximum
 
 
 def printed(table: Table, width: int = WIDTH) -> str:

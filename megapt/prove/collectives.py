@@ -217,6 +217,9 @@ def small(config: Config, world: int) -> Config:
     tree["precision"] = "fp32" if config.precision == "fp64" else config.precision
     tree["model"] |= {"layers": parallel.virtual_stages, "hidden": 8, "head_dim": 2, "ffn": 2 * parallel.tensor}
     tree["model"] |= {"kv_heads": model.num_kv_heads, "vocabulary": 64, "max_sequence": 2 * parallel.tensor}
+    tree["model"]["rotary_dim"] = None  # heads of two dimensions turn whole
+    scaling = tree["model"]["rope_scaling"] or {}
+    scaling |= {name: (1.0,) for name in ("short_factors", "long_factors") if scaling.get(name)}
     tree["parallel"] |= {"layers_per_stage": None, "layer_costs": None, "vocabulary_multiple": 1}
     tree["batch"] |= {"sequence": 2 * parallel.tensor, "micro": 1, "samples": 2 * parallel.pipeline * data}
     tree["zero"]["bucket"] = 256

@@ -108,9 +108,9 @@ class Probe:
         for layer in chunk.layers:
             assert isinstance(layer, Layer)
             at = _layer_name(layer)
-            self._column(chunk, layer.attention.qkv, f"{at}.attention_norm")
+            self._column(chunk, layer.attention.qkv, _read(layer.attention_norm, at, "attention"))
             self._row(chunk, layer.attention.out, f"{at}.attention.core", _shard_of(layer.attention.qkv, 0))
-            self._column(chunk, layer.mlp.up, f"{at}.mlp_norm")
+            self._column(chunk, layer.mlp.up, _read(layer.mlp_norm, at, "mlp"))
             last = layer.mlp.up.weights - 1
             self._row(chunk, layer.mlp.down, f"{at}.mlp.activation", _shard_of(layer.mlp.up, last))
             self._output(chunk, layer, _whole(at))
@@ -268,6 +268,11 @@ def _columns(shard: Shard) -> tuple[int, int]:
 def _name_of(weight: nn.Parameter) -> str:
     assert isinstance(weight, Parameter)
     return weight.spec.name.removesuffix(".weight")
+
+
+def _read(norm: nn.Module | None, at: str, branch: str) -> str:
+    """What a branch's first linear layer reads: its norm's output, or the stream itself."""
+    return f"{at}.{branch}.input" if norm is None else f"{at}.{branch}_norm"
 
 
 def _layer_name(layer: Layer) -> str:

@@ -20,7 +20,7 @@ from megapt.plan.memory import stage_memory
 from megapt.prove.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MEASURED = ("dp 2, native ZeRO 1", "pp 2, zb-h1", "pp 2, GPT-2, tied, 3 + 1 layers")
+MEASURED = ("dp 2, native ZeRO 1", "pp 2, zb-h1")
 
 
 def _measure_all(rank: int, world: int, trees: list[dict[str, Any]]) -> list[tuple[Measured, list[Collective]]]:
@@ -72,7 +72,7 @@ def large() -> list[DryRank]:
 
 _LARGE = [
     "parallel.tensor=8", "parallel.pipeline=16", "parallel.schedule=1f1b", "parallel.chunks=1", "batch.micro=1",
-    "batch.tokens=2097152", "zero.backend=native", "zero.stage=1", "recompute.policy=selective",
+    "batch.tokens=524288", "zero.backend=native", "zero.stage=1", "recompute.policy=selective",
 ]  # fmt: skip
 
 
@@ -86,10 +86,10 @@ def test_the_estimate_holds_for_a_world_that_no_test_can_start(large: list[DryRa
 
 def test_collectives_of_a_large_world_are_counted_for_the_whole_step(large: list[DryRank]) -> None:
     first = large[0]
-    assert first.micro_batches == (16, 16)
+    assert first.micro_batches == (4, 4)
     (send,) = [one for one in first.collectives if one.kind == "send"]
     # One micro-batch's stream in bf16, cut over eight tensor ranks.
-    assert (send.axis, send.bytes, send.count) == ("pp", 4096 * 16384 * 2 // 8, 16)
+    assert (send.axis, send.bytes, send.count) == ("pp", 4096 * 16384 * 2 // 8, 4)
     gathered = sum(one.bytes * one.count for one in first.collectives if one.kind == "all-gather" and one.axis == "dp")
     estimate = stage_memory(load(CONFIGS / "llama-405b.yaml", _LARGE).config, 32)[0]
     assert gathered == pytest.approx(estimate.weights, rel=0.001), "every weight is gathered once"
@@ -104,7 +104,9 @@ def test_more_micro_batches_than_fill_the_pipeline_are_not_run_but_counted() -> 
     )
     assert (few[0].micro_batches, many[0].micro_batches) == ((4, 4), (4, 12))
     assert many[0].peak - few[0].peak == 0
-    transfers = [[one.count for one in ranks[0].collectives if one.axis == "pp"] for ranks in (few, many)]
+    transfers = [
+        [one.count for one in ranks[0].collectives if one.kind in ("send", "receive")] for ranks in (few, many)
+    ]
     assert transfers[1] == [3 * count for count in transfers[0]]
 
 
