@@ -180,7 +180,7 @@ class Job:
         if self.stride > sequence:
             raise UserError(f"--stride {self.stride} would leave tokens out: it is at most --sequence, {sequence}")
         parallel = request.parallel or {}
-        # Sequence parallelism wants whole shares of a micro-batch's tokens. What is no number of ranks is refused below.
+        # Sequence parallelism wants whole shares of a micro-batch's tokens. Sizes that cannot be are refused below.
         tensor = parallel.get("tensor", 1)
         unit = tensor // math.gcd(sequence, tensor) if tensor in range(1, self.world + 1) else 1
         rows = -(-(request.micro or max(1, _TOKENS // sequence)) // unit) * unit

@@ -41,7 +41,8 @@ class Writer:
     def give(self, job: dict[str, Any]) -> None:
         """Let it write; does not wait for it. The answers to the job before, which has ended, are forgotten."""
         assert self._process.stdin is not None
-        self.answers, self._last = {}, "written" if job["commit"] is None else "committed"
+        self.answers = {name: said for name, said in self.answers.items() if name == "ready"}
+        self._last = "written" if job["commit"] is None else "committed"
         data = memoryview(json.dumps(job).encode())
         os.ftruncate(self._job, len(data))
         for at in range(0, len(data), _CHUNK):
@@ -80,7 +81,7 @@ class Writer:
     def check_ready(self) -> None:
         """UserError unless it has come to life."""
         deadline = time.monotonic() + _READY_WITHIN
-        while not self.answers and time.monotonic() < deadline:
+        while not self.answers.keys() & {"ready", "died"} and time.monotonic() < deadline:
             self.hear(1.0)
         if "ready" not in self.answers:
             raise UserError(self.failure or f"its background writer has not started within {_READY_WITHIN:g} s")

@@ -104,7 +104,7 @@ class Commit:
         warnings = [f"an older checkpoint could not be removed and takes up space: {error}" for error in problems]
         newest = folders.find_latest(self.folder)
         if newest is not None and folders.step_of(newest) > self.step:
-            warnings.append(f"{newest} is of a higher step than {self.final.name}; move it away if it is of another run")
+            warnings.append(f"{newest} is a higher step than {self.final.name}; if it is of another run, move it away")
         return warnings
 
     def _collect(self, patience: float | None) -> list[Written]:

@@ -1,8 +1,8 @@
 """Where checkpoints stand on disk, and which of them exist.
 
-A checkpoint is a folder `step-00000120`. It exists once it holds the marker file `COMMITTED`; before that it
-is a hidden folder `.step-00000120-1f0c9a3e.partial`, one per attempt to save it, or torn. No file points at the newest one: the folder is scanned,
-so a stale pointer can never be followed.
+A checkpoint is a folder `step-00000120`. It exists once it holds the marker file `COMMITTED`; before that it is a
+hidden folder `.step-00000120-1f0c9a3e.partial`, another one for every attempt to save it, or torn. No file points at
+the newest one: the folder is scanned, so a stale pointer can never be followed.
 """
 
 from __future__ import annotations

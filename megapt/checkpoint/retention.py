@@ -27,8 +27,8 @@ class Keep:
 def retain(folder: str | Path, keep: Keep) -> list[Path]:
     """Remove the committed checkpoints that need not be kept, and what interrupted saves left behind.
 
-    Not collective: for rank 0, after a save, while none is under way. Returns the removed paths; UserError if some could
-    not be removed.
+    Not collective: for rank 0, after a save, while none is under way. Returns the removed paths. UserError if
+    some could not be removed.
     """
     if keep.last < 1:
         raise UserError(f"{keep.last} checkpoints cannot be kept; the newest one always stays: keep at least 1")
@@ -75,7 +75,7 @@ def best(paths: list[Path], count: int) -> list[Path]:
             continue
         if isinstance(validation, dict):
             step, loss = validation.get("step"), validation.get("loss")
-            if type(step) is int and type(loss) in (int, float) and math.isfinite(loss):
+            if type(step) is int and isinstance(loss, (int, float)) and math.isfinite(loss):
                 measured.setdefault(step, (loss, path))
     ranking = sorted(measured.values(), key=lambda found: found[0])
     return [path for _, path in ranking[:count]]

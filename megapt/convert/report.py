@@ -38,7 +38,7 @@ def check_output(output: Path) -> None:
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise UserError(f"{output} already exists and is not an empty folder; choose another output")
     if output.exists() and (os.path.ismount(output) or output.samefile(os.curdir)):
-        raise UserError(f"{output} is a mount point or the current folder, which cannot be replaced; name one inside it")
+        raise UserError(f"{output} is a mount point or the current folder, and cannot be replaced; name one inside it")
 
 
 @contextmanager

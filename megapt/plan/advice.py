@@ -55,7 +55,10 @@ def _none_wanted(config: Config, world: int, only: Wanted | None, backend: str |
         advice = "zero.offload needs deepspeed without a pipeline, and AdamW; leave it out, or take fewer ranks"
     samples = sample_unit(config)
     if only and samples % only.given.get("micro", 1):
-        advice = f"micro x data must divide {samples:,} samples: micro is one of {', '.join(map(str, divisors(samples)))}"
+        legal = ", ".join(map(str, divisors(samples)))
+        advice = f"micro x data must divide {samples:,} samples: micro is one of {legal}"
+    elif backend is not None and not zero_stages(config, 1, backend):
+        advice = "fp16, Muon and stochastic rounding need the native backend"
     sizes = ", ".join(f"tp={tp} pp={pp} dp={dp}" for tp, pp, dp in list(cells(config, world))[:12])
     return f"no legal layout of {world:,} ranks has {asked}; legal sizes of the axes: {sizes}; {advice}"
 
@@ -123,12 +126,15 @@ def nothing_fits(plan: Plan) -> str:
 
 def least_memory(plan: Plan) -> Option | None:
     """Of a plan in which nothing fits, the layout that needs least; None where it is a budget that cannot be kept."""
-    from megapt.plan.search import evaluate, evaluate_memory, room
+    from megapt.plan.bounds import Bounds
+    from megapt.plan.search import evaluate, evaluate_memory, is_cpu, room
 
     def needs(layout: Layout) -> int:
         return max(stage.total for stage in evaluate_memory(plan.config, layout, plan.hardware))
 
-    layout = min(_least_of_each_cell(plan, plan.world), key=needs)
+    bounds = Bounds(plan.config, plan.hardware, is_cpu(plan.hardware))
+    near = sorted(_least_of_each_cell(plan, plan.world), key=bounds.least)[:4]  # a long pipeline takes a second each
+    layout = min(near, key=needs)
     if needs(layout) <= room(plan.hardware, plan.margin):
         return None
     return evaluate(plan.config, layout, plan.hardware)
@@ -183,7 +189,7 @@ def _least_of_each_cell(plan: Plan, world: int) -> list[Layout]:
         asked = str(given.get("zero", ""))
         backend = asked.partition("-")[0] if asked else plan.backend
         stages = zero_stages(config, pp, backend, asked.endswith("-offload") if asked else None)
-        for zero in stages[-1:]:
+        for zero in stages[1:2] if dp == 1 else stages[-1:]:  # of one rank, the ones without more buffers
             sequence = sequence_choices(config, tp, micro)[0]
             layout = Layout(tp, pp, dp, zero=zero, recompute="full", sequence=sequence)
             made = only.onto(layout) if only else layout

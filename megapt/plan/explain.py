@@ -172,7 +172,11 @@ def difference(before: Plan, after: Plan, changes: list[str]) -> list[str]:
             same = evaluate(after.config, old.layout, after.hardware)
         except UserError:
             return lines
-        lines.append(f"the old layout would be at {same.time.tokens_per_second:,.0f} tokens/s there")
+        limit = room(after.hardware, after.margin)
+        if same.bytes > limit:
+            lines.append(f"the old layout does not fit there: it needs {gib(same.bytes)} of {gib(limit)} GiB")
+        else:
+            lines.append(f"the old layout would be at {same.time.tokens_per_second:,.0f} tokens/s there")
     rows = _rows(new.time.items, old.time.items, 0.002 * old.seconds)
     lines += [
         f"  {name:<26}{there:>9.3f} s ->{here:>9.3f} s"

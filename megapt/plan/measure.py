@@ -152,15 +152,23 @@ def _peak(profile: Any, held: int) -> int:
         elif kind == _EventType.Allocation:
             events.append((event.start_time_ns, extra.ptr, extra.alloc_size))
     assert start is not None
-    sizes: dict[int, int] = {}
-    now = peak = held
-    for when, address, size in sorted(events, key=lambda event: event[0]):
-        change = size - sizes.pop(address, 0) if size > 0 else -sizes.pop(address, 0)
+    events.sort(key=lambda event: event[0])
+    earlier: dict[int, int] = {}  # what the step finds
+    for _, address, size in (event for event in events if event[0] < start):
         if size > 0:
+            earlier[address] = size
+        else:
+            earlier.pop(address, None)
+    sizes: dict[int, int] = {}  # what it makes
+    now = peak = held
+    for _, address, size in (event for event in events if event[0] >= start):
+        if size > 0:
+            earlier.pop(address, None)  # freed before the step began, unseen, and not among what was held
+            now += size - sizes.pop(address, 0)
             sizes[address] = size
-        if when >= start:
-            now += change
             peak = max(peak, now)
+        else:
+            now -= sizes.pop(address, 0) or earlier.pop(address, 0)
     return peak
 
 

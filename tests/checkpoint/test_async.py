@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -18,6 +20,7 @@ import torch
 
 from megapt import checkpoint
 from megapt.checkpoint import Saver, lock
+from megapt.checkpoint.background import Writer
 from megapt.checkpoint.lock import FolderLock
 from megapt.checkpoint.snapshot import Snapshot, places
 from megapt.errors import UserError
@@ -149,7 +152,8 @@ def test_one_folder_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     first.claim(folder)
     partial = folder / ".step-00000002.partial"
     partial.mkdir()
-    with pytest.raises(UserError, match="step 2 was not saved to .*: another run is writing to .*run; wait for it"):
+    refusal = r"was not saved .*: another run is writing to .*run; wait for it, stop it \(process \d+ on .+\), or"
+    with pytest.raises(UserError, match=refusal):
         second.save(folder, 2, [], {})
     assert partial.is_dir()  # which may be what the other one is writing
     second.claim(tmp_path / "elsewhere")
@@ -206,8 +210,61 @@ DTYPE_NAMES = ("F32", "F32", "BF16", "F64")
 
 def test_the_writer_imports_no_torch() -> None:
     import subprocess
-    import sys
 
     program = "import json, sys, megapt.checkpoint.writer; print(json.dumps(sorted(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "numpy"} & set(json.loads(output))
+
+
+def test_a_writer_that_dies_after_the_commit_has_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its answer still came or not."""
+    saver = Saver(ONE)
+    hear = Writer.hear
+
+    def without_answer(writer: Writer, seconds: float = 0.0) -> None:
+        hear(writer, seconds)
+        for name in ("committed", "seconds", "warnings"):
+            writer.answers.pop(name, None)
+
+    for step in (1, 2):
+        saver.save(tmp_path, step, fragments(LLAMA, Layout(), 0, 0, 0), meta_of(LLAMA), background=True)
+        writer = saver._writer
+        assert writer is not None
+        while "committed" not in writer.answers:
+            writer.hear(60.0)
+        os.kill(writer.pid, signal.SIGKILL)
+        if step == 2:
+            monkeypatch.setattr(Writer, "hear", without_answer)
+            writer.answers.pop("committed")
+        while "died" not in writer.answers:
+            writer.hear(60.0)
+        assert saver.failure is None or step == 2
+        saved = saver.finish()
+        assert saved is not None and saved.path.name == f"step-0000000{step}" and saved.write > 0
+    saver.close()
+    assert len(checkpoint.committed(tmp_path)) == 2
+
+
+def test_a_writer_lives_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    saver = Saver(ONE)
+    saver.reserve(fragments(LLAMA, Layout(), 0, 0, 0))
+    saver.close()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="cannot be saved in the background .* writer ended with status 1"):
+        saver.reserve(fragments(LLAMA, Layout(), 0, 0, 0))
+    saver.close()
+
+
+def test_a_job_is_given_whatever_the_writer_does() -> None:
+    writer = Writer([])
+    os.kill(writer.pid, signal.SIGSTOP)
+    given = threading.Thread(target=writer.give, args=({"commit": None, "rectangles": "x" * (1 << 20)},), daemon=True)
+    given.start()
+    given.join(10.0)
+    blocked = given.is_alive()
+    os.kill(writer.pid, signal.SIGKILL)
+    given.join(10.0)
+    writer.close()
+    assert not blocked

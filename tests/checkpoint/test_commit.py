@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from megapt import checkpoint
-from megapt.checkpoint import Keep
+from megapt.checkpoint import Keep, Saver
+from megapt.checkpoint import commit as committing
+from megapt.checkpoint.commit import Commit
 from megapt.checkpoint.index import marker_of
 from megapt.checkpoint.rawfile import RawFile
+from megapt.checkpoint.written import RankFiles
 from megapt.errors import UserError
 from megapt.mesh import ParallelMesh
 from tests.checkpoint.fakes import LLAMA, Layout, check_loaded, fragments, meta_of
@@ -188,3 +191,63 @@ def test_kill_9_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> N
     assert seen == {(killed, "step-00000001"), (killed, "step-00000002"), (0, "step-00000002")}
     checkpoint.retain(tmp_path, Keep(1))
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_what_outlived_its_job_writes_nothing_to_the_next_one(tmp_path: Path) -> None:
+    """A rank of a job whose rank 0 was killed goes on while the job started again saves the same step."""
+    old, new = (Commit(tmp_path, 4, {"job": job}, 2) for job in ("old", "new"))
+    old.prepare()
+    begun = RankFiles(old.partial, 1, [])
+    assert new.prepare() == []
+    with pytest.raises(FileNotFoundError):
+        begun.close()
+    begun.abandon()
+    with pytest.raises(FileNotFoundError):
+        RankFiles(old.partial, 1, [])
+    with pytest.raises(UserError, match="was removed while it was being written"):
+        old.complete()
+    old.discard()
+    assert list(tmp_path.iterdir()) == [new.partial] and list(new.partial.iterdir()) == []
+    for rank in (0, 1):
+        files = RankFiles(new.partial, rank, [])
+        files.close()
+        files.abandon()
+    assert new.complete() == [] and checkpoint.read_index(new.final).meta == {"job": "new"}
+
+
+def test_what_was_committed_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    path = save(tmp_path / "elsewhere", 1)
+    commit = Commit(tmp_path, 1, {}, 1)
+    commit.prepare()
+    files = RankFiles(commit.partial, 0, [])
+    files.close()
+    files.abandon()
+    path.rename(commit.final)
+    with pytest.raises(UserError, match="step-00000001 was committed there meanwhile"):
+        commit.complete()
+    commit.discard()
+    load(tmp_path)
+
+
+def test_torn_folders_are_removed_and_told(tmp_path: Path) -> None:
+    torn = save(tmp_path, 3)
+    (torn / "COMMITTED").unlink()
+    (tmp_path / "step-00000005").mkdir()  # holds no index: it is none of ours
+    saver = Saver(ONE)
+    saved = saver.save(tmp_path, 4, fragments(SMALL, Layout(), 0, 0, 0), meta_of(SMALL))
+    saver.close()
+    assert saved is not None and saved.warnings == (f"removed {torn}, which was never committed",)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000004", "step-00000005"}
+
+
+def test_nothing_after_the_marker_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("anything")
+
+    monkeypatch.setattr(committing, "prune", fail)
+    saver = Saver(ONE)
+    saved = saver.save(tmp_path, 4, fragments(SMALL, Layout(), 0, 0, 0), meta_of(SMALL), Keep(1))
+    saver.close()
+    saver.close()  # must not close what has the number of a closed descriptor by now
+    assert saved is not None and saved.warnings == (f"after the commit of {saved.path}: RuntimeError('anything')",)
+    load(tmp_path)

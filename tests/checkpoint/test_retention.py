@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megapt import checkpoint
-from megapt.checkpoint import Keep
+from megapt.checkpoint import Keep, Saver
 from megapt.checkpoint.upkeep import newest, places
 from megapt.config import CheckpointConfig, EphemeralConfig
 from megapt.errors import UserError
@@ -21,7 +21,7 @@ ONE = ParallelMesh.create(1, 1, 1, torch.device("cpu"))
 SMALL = LLAMA.model_copy(update={"layers": 1})
 
 
-def save(folder: Path, step: int, loss: float | None = None, at: int | None = None) -> Path:
+def save(folder: Path, step: int, loss: Any = None, at: Any = None) -> Path:
     validation = None if loss is None else {"step": step if at is None else at, "loss": loss}
     meta: dict[str, Any] = {**meta_of(SMALL), "validation": validation}
     return checkpoint.save(folder, step, fragments(SMALL, Layout(), 0, 0, 0), ONE, meta)
@@ -77,13 +77,38 @@ def test_the_newest_of_both_kinds_is_resumed(tmp_path: Path) -> None:
         found = places(CheckpointConfig(every=4, ephemeral=EphemeralConfig(every=2, folder=given)), tmp_path)
         lasting, ephemeral = (place.folder for place in found)
         assert lasting == tmp_path / "checkpoints"
-        assert newest(found) is None
+        assert newest(found, "me") is None
         save(lasting, 4)
         save(ephemeral, 2)
-        assert newest(found) == lasting / "step-00000004"
+        assert newest(found, "me") == lasting / "step-00000004"
         path = save(ephemeral, 6)
-        assert newest(found) == path
+        assert newest(found, "me", below=6) == lasting / "step-00000004"
+        assert newest(found, "me") == path
         (path / "COMMITTED").unlink()
-        assert newest(found) == lasting / "step-00000004"
+        assert newest(found, "me") == lasting / "step-00000004"
         assert checkpoint.resolve(tmp_path) == lasting / "step-00000004"
         shutil.rmtree(lasting)
+
+
+def test_validations_of_other_programs_are_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2.0)
+    save(tmp_path, 2, "low")
+    save(tmp_path, 3, 1.0, at=[3])
+    for step, validation in ((4, 0.5), (5, [])):
+        meta = {**meta_of(SMALL), "validation": validation}
+        checkpoint.save(tmp_path, step, fragments(SMALL, Layout(), 0, 0, 0), ONE, meta)
+    checkpoint.retain(tmp_path, Keep(1, best=3))
+    assert steps(tmp_path) == [1, 5]
+
+
+def test_what_was_just_saved_stays_below_a_higher_step(tmp_path: Path) -> None:
+    save(tmp_path, 100)
+    saver = Saver(ONE)
+    for step, background in ((2, False), (4, True)):
+        own = fragments(SMALL, Layout(), 0, 0, 0)
+        saved = saver.save(tmp_path, step, own, meta_of(SMALL), Keep(1), background) or saver.finish()
+        assert saved is not None and steps(tmp_path) == [step, 100]
+        assert [line.split("/")[-1] for line in saved.warnings] == [
+            f"step-00000100 is a higher step than step-{step:08d}; if it is of another run, move it away"
+        ]
+    saver.close()

@@ -13,6 +13,7 @@ import torch
 
 from megapt import checkpoint
 from megapt.checkpoint import Saver, saving, space
+from megapt.checkpoint.lock import FolderLock
 from megapt.errors import UserError
 from megapt.mesh import ParallelMesh
 from tests.checkpoint.fakes import LLAMA, Layout, check_loaded, fragments, meta_of
@@ -135,6 +136,39 @@ def test_no_permission(tmp_path: Path, saver: Saver, background: bool) -> None:
         _forbid(folder, False)
     check(folder, 1)
     save(saver, folder, 3, background)
+
+
+def test_a_leftover_that_stays_is_a_warning(tmp_path: Path, saver: Saver) -> None:
+    left = tmp_path / ".step-00000001.partial"
+    left.mkdir()
+    (left / "file").touch()
+    if not _forbid(left, True):
+        pytest.skip("this file system has no immutable folders")
+    try:
+        saved = saver.save(tmp_path, 2, fragments(MODEL, Layout(), 0, 0, 0), meta_of(MODEL))
+    finally:
+        _forbid(left, False)
+    assert saved is not None and len(saved.warnings) == 1
+    assert "what an earlier save left cannot be removed" in saved.warnings[0]
+    assert str(left / "file") in saved.warnings[0]
+    save(saver, tmp_path, 3, False)
+    assert not left.exists()
+
+
+def test_a_folder_that_became_read_only_ends_no_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    saver = Saver(ONE)
+    save(saver, folder, 1, False)
+    descriptor = saver._locks[folder].descriptor
+    if not _forbid(folder, True):
+        pytest.skip("this file system has no immutable folders")
+    try:
+        saver.close()
+    finally:
+        _forbid(folder, False)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    _impatient(lambda: FolderLock(folder).close())
 
 
 def _forbid(folder: Path, forbidden: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -135,6 +136,39 @@ def test_what_fails_in_the_background_is_learnt_and_tried_again(tmp_path: Path) 
     run.go(22, 25, final=True)
     run.upkeep.close()
     assert run.steps() == [24, 25]
+
+
+def test_ephemeral_checkpoints_of_another_run_are_not_resumed(tmp_path: Path) -> None:
+    settings = {"every": 4, "ephemeral": EphemeralConfig(every=2, folder=str(tmp_path / "fast")), "asynchronous": False}
+    one = Run(tmp_path / "one", **settings)
+    one.go(1, 6)
+    one.upkeep.close()
+    other = Run(tmp_path / "other", **settings)
+    assert other.upkeep.choose() is None
+    path = tmp_path / "fast" / "step-00000006"
+    assert other.said == [f"WARNING: {path}: of another run; not resumed"]
+    other.upkeep.close()
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    for name in ("one", "copy"):
+        again = Run(tmp_path / name, **settings)
+        assert again.upkeep.choose() == path and again.said == []
+        lasting = tmp_path / name / "checkpoints" / "step-00000004"
+        assert again.upkeep.without(path) == f"; move step-00000006 away to go on from {lasting}"
+        again.upkeep.close()
+
+
+def test_no_training_is_promised_at_the_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, every=10)
+    writer = run.upkeep.saver._writer
+    assert writer is not None
+    os.kill(writer.pid, signal.SIGSTOP)
+    run.go(10, 10)
+    os.kill(writer.pid, signal.SIGKILL)
+    run.go(11, 11, final=True)
+    run.upkeep.close()
+    warning = run.said[0]
+    assert "step 10 was not saved" in warning and warning.endswith("; the last checkpoint follows")
+    assert run.steps() == [11]
 
 
 @pytest.mark.parametrize(

@@ -48,5 +48,5 @@ def test_folders_whose_place_nothing_can_take(tmp_path: Path, monkeypatch: pytes
         patch.setattr(os.path, "ismount", lambda path: True)
         check_output(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="or the current folder, which cannot be replaced"):
+    with pytest.raises(UserError, match="or the current folder, and cannot be replaced"):
         check_output(Path("."))

@@ -80,6 +80,7 @@ def test_missing_weights_are_an_error_unless_it_may_start_from_scratch(setting: 
     assert f"WARNING: fresh weights: {missing.replace('=', ' = ')} does not exist\n" in scratch.finish().out()
     runs.assert_same_run(setting.base, run)
     assert "resumed from" in resumed.finish().out()
+    assert f"from_scratch: {kept} has a committed checkpoint, which the run goes on from" in resumed.out()
 
 
 def test_a_run_that_begins_again_says_so(setting: Setting) -> None:

@@ -47,6 +47,7 @@ def test_the_best_is_said_to_be_it(plan: Plan) -> None:
         ("pp=2,schedule=zb-v,chunks=3", "3 chunks per rank; the zb-v schedule has 2"),
         ("pp=8,schedule=interleaved", "8 layers cannot fill 16 stages"),
         ("dp=3,pp=1,tp=1", "no legal layout of 8 ranks has dp=3"),
+        ("recompute=selective:6,pp=4", "6 are more than one of 4 virtual stages of 8 layers can have; at most 5"),
     ],
 )
 def test_the_rule_that_is_broken(plan: Plan, text: str, message: str) -> None:
@@ -54,10 +55,27 @@ def test_the_rule_that_is_broken(plan: Plan, text: str, message: str) -> None:
     assert "is not legal" in found.verdict and message in found.verdict and found.option is None
 
 
+@pytest.mark.parametrize("text", ["chunks=2", "schedule=zb-v", "zero=deepspeed-2-offload", "recompute=selective:6"])
+def test_values_that_the_best_layout_does_not_go_with_are_legal(plan: Plan, text: str) -> None:
+    assert plan.best.layout.pp == 1  # which has neither chunks nor a schedule
+    wanted = Wanted.parse(text)
+    found = explain(plan, wanted)
+    assert found.option is not None and wanted.allows(found.option.layout), found.verdict
+    found.option.layout.checked(plan.config)
+
+
+def test_the_fault_is_looked_for_in_what_was_given() -> None:
+    plan = search(config({"layers": 7}), 7, gpu())  # no batch of 64 samples has 7 data-parallel ranks
+    assert plan.best.layout.pp == 7
+    assert "tensor x pipeline = 8 x 1 = 8" in explain(plan, Wanted.parse("tp=8")).verdict
+
+
 def test_memory_that_lacks() -> None:
     plan = search(config(), 8, gpu(2.5))
+    assert "not possible" in explain(plan, Wanted.parse("recompute=budget:0.0001")).verdict
     found = explain(plan, Wanted.parse("tp=1,pp=1,zero=native-0"))
     assert "does not fit" in found.verdict and found.option is not None
+    assert found.option.layout.recompute == "full" and found.option.layout.micro == 1
     assert f"needs {found.option.bytes / 2**30:,.1f} GiB" in found.verdict
     first = found.verdict.rpartition(": ")[2].partition(" ")[0]
     items = memory_items(found.option.worst)
@@ -67,6 +85,8 @@ def test_memory_that_lacks() -> None:
 def test_other_hardware(plan: Plan) -> None:
     changes = ["network=25Gb", "node.devices=2"]
     after = search(config(), 8, plan.hardware.what_if(changes))
+    small = search(config(), 8, gpu(plan.best.bytes / 2**30))  # of which a margin stays free
+    assert "the old layout does not fit there" in difference(plan, small, ["memory"])[1]
     lines = difference(plan, after, changes)
     change = after.best.time.tokens_per_second / plan.best.time.tokens_per_second - 1
     assert change < 0 and f"{change:+.1%} tokens/s" in lines[0]

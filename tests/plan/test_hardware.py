@@ -76,8 +76,15 @@ def test_what_if() -> None:
         h100.what_if(["netwrok=200Gb"])
     with pytest.raises(UserError, match="gemm has several figures: name one of gemm.share"):
         h100.what_if(["gemm=0.7"])
-    with pytest.raises(UserError, match="is not a number with a unit out of GB"):
-        h100.what_if(["network=200 furlongs"])
+    with pytest.raises(UserError, match=r"did you mean network\?"):
+        h100.what_if(["netwrok=200Gb"])
+    for change in ("network=200 furlongs", "network=25GiB", "node=25GiB", "network=200us", "host=5TFLOP/s"):
+        with pytest.raises(UserError, match="is not a number with a unit out of GB, GB/s"):
+            h100.what_if([change])
+    with pytest.raises(UserError, match="'5GB' is not a number with a unit out of s, ms, us or none"):
+        h100.what_if(["launch=5GB"])
+    with pytest.raises(UserError, match="'4GiB' is not a number without a unit"):
+        h100.what_if(["node.devices=4GiB"])
     with pytest.raises(UserError, match="changed by network=-1: `network.bandwidth`: Input should be greater than 0"):
         h100.what_if(["network=-1"])
     with pytest.raises(UserError, match="has no peak for fp64; its file states bf16"):
@@ -87,7 +94,7 @@ def test_what_if() -> None:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.sampled_from(["network", "memory.gib", "node", "node.devices", "peak.bf16", "name", "gemm", "x", "", "a.b"]),
-    st.text("0123456789.eE+-Gb/s iTB=nanu", max_size=8),
+    st.text("0123456789.eE+-Gb/s iTB=nanu", max_size=8) | st.sampled_from(["9GiB", "9us", "9TiB", "9GB"]),
 )
 def test_nonsense_is_refused_in_words(key: str, value: str) -> None:
     try:

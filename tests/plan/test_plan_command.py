@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typer.testing import CliRunner
 from megapt.cli import app
 from megapt.config import load
 from megapt.errors import UserError
+from megapt.plan.search import search
+from megapt.plan.table import WIDTH, printed, ranking, whole_width
 from megapt.rules import check_world
-from tests.plan.planning import MODEL
+from tests.plan.planning import MODEL, config, gpu
 
 
 @pytest.fixture
@@ -146,11 +149,37 @@ def test_the_smallest_cluster_holds_the_model_and_smaller_ones_do_not(file: Path
     text = str(caught.value)
     found = re.search(r"would do has ([\d,]+): tp=", text)
     assert found and "GiB more than there are" in text
+    assert "needs least (tp=1,pp=1,dp=1,micro=1,zero=native-1,recompute=full)" in text
     world = int(found[1].replace(",", ""))
     assert "tokens/s" in run("plan", file, *words, "--gpus", world)
     assert world > 2
     with pytest.raises(UserError, match="fits in no layout"):
         CliRunner().invoke(app, ["plan", str(file), *words, "--gpus", str(world // 2)], catch_exceptions=False)
+
+
+def test_no_figure_is_cut_off() -> None:
+    plan = search(config(), 8, gpu(), best_alone=True)
+    wide = {"dp": 1024, "pp": 4, "schedule": "interleaved", "chunks": 14, "zero": "deepspeed-3-offload"}
+    option = replace(plan.best, layout=replace(plan.best.layout, recompute="selective:56", **wide))
+    table = ranking(plan, [option])
+    assert whole_width(table) > WIDTH and "…" in printed(table)
+    assert "…" not in printed(table, whole_width(table))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--html", "."], "is a folder; name a file in it"),
+        (["--pictures", __file__], "is a file; name a folder"),
+        (["--tokens", "inf"], "--tokens inf: give a number"),
+        (["--only", "recompute=budget:0.00001"], "no layout of 8 ranks keeps recompute=budget:0.00001"),
+        (["--only", "micro=5"], "micro is one of 1, 2, 4, 8, 16, 32, 64"),
+        (["precision=fp16", "--backend", "deepspeed"], "fp16, Muon and stochastic rounding need the native backend"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(file: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CliRunner().invoke(app, ["plan", str(file), "--gpus", "8", *words], catch_exceptions=False)
 
 
 def test_dry_run_beside_the_estimate(file: Path) -> None:

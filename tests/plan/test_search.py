@@ -164,6 +164,17 @@ def test_every_layout_is_one_that_the_runtime_takes(problem: tuple[Any, int, Any
         assume(":" not in layout.recompute)
         layout.checked(made)
         assert evaluate(made, layout, hardware).bytes >= size
+    for tp, pp in list(plan.tight)[:3]:  # what is said to fit nowhere fits nowhere
+        assert not search(made, world, hardware, only=Wanted({"tp": tp, "pp": pp}), best_alone=True).ranked
+
+
+def test_what_is_only_slow_is_not_said_not_to_fit() -> None:
+    made = config({"kv_heads": 16, "layers": 4}, batch={"sequence": 2048, "samples": 512})
+    slow = Wanted({"tp": 16, "pp": 1})
+    hardware = gpu(4.0)
+    plan = search(made, 16, hardware)
+    assert search(made, 16, hardware, only=slow).ranked
+    assert (16, 1) not in plan.tight and (16, 1) not in {option.layout.cell for option in plan.ranked}
 
 
 @pytest.mark.parametrize(
