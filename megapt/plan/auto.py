@@ -15,6 +15,8 @@ from megapt.plan.hardware import Hardware
 if TYPE_CHECKING:
     import torch
 
+    from megapt.plan.search import Plan
+
 ORIGIN = "planner"
 """Where the values that the planner has chosen come from."""
 
@@ -54,8 +56,6 @@ def resolve(loaded: Loaded, world: int, device: torch.device) -> Loaded:
     Raises UserError where no layout of `world` ranks is legal or fits, for unknown hardware, and for
     parallel.layers_per_stage, which belongs to one layout.
     """
-    from megapt.plan.search import search
-
     config = loaded.config
     auto = config.parallel.auto
     if auto is None:
@@ -65,14 +65,28 @@ def resolve(loaded: Loaded, world: int, device: torch.device) -> Loaded:
     chosen = detect(device) if auto == DETECT else hardware.load(auto)
     given = stated(config)
     backend = config.zero.backend if "backend" in config.zero.model_fields_set else None
-    plan = search(
-        config, world, chosen, backend=backend, only=Wanted(given) if given else None, best_alone=True
-    )
+    plan = _search(config, world, chosen, backend, Wanted(given) if given else None)
     if not plan.ranked:
         raise UserError(f"parallel: auto: {nothing_fits(plan)}")
     made = plan.best.layout.checked(config)
     chosen_here = {key: ORIGIN for key in plan.best.layout.values() if _value(made, key) != _value(config, key)}
     return replace(loaded, config=made, origins=loaded.origins | chosen_here)
+
+
+def _search(config: Config, world: int, chosen: Hardware, backend: str | None, only: Wanted | None) -> Plan:
+    """Native layouts alone, unless another backend is asked for or none of them is legal and fits: the planner thinks
+    better of DeepSpeed's stage 3 than measurements do."""
+    from megapt.plan.search import search
+
+    if backend is None:
+        try:
+            plan = search(config, world, chosen, backend="native", only=only, best_alone=True)
+        except UserError:  # none is legal
+            pass
+        else:
+            if plan.ranked:
+                return plan
+    return search(config, world, chosen, backend=backend, only=only, best_alone=True)
 
 
 def describe(before: Loaded, after: Loaded, world: int) -> str | None:

@@ -8,10 +8,12 @@ profiler reports every allocation, those within operations included.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,8 +85,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one rank, in bytes. allocated: the peak of torch's allocator during a step; tensors: that of live tensors'
-    storages in another one; resident: what the process' memory grew by at most, None where the system does not say."""
+    """Of one rank, in bytes.
+
+    allocated: the peak of torch's allocator during a step, the least of several; tensors: that of live tensors'
+    storages in another one; resident: what the process' memory grew by at most, None where the system does not say.
+    """
 
     allocated: int
     tensors: int
@@ -108,22 +113,25 @@ def measure(rank: int, world: int, tree: dict[str, Any]) -> Measured:
             count = config.batch.global_samples // (config.batch.micro * engine.mesh.dp.size)
             batch = step_batch(config, count, torch.device("cpu"))
             engine.train_step(batch, 1e-3)  # in which buffers are made that stay
-        _settle(live)
-        held = live.now
-        with torch.profiler.record_function(_MARK):
-            engine.train_step(batch, 1e-3)
+        held = []
+        for _ in range(_STEPS):
+            _settle(live)
+            held.append(live.now)
+            with torch.profiler.record_function(_MARK):
+                engine.train_step(batch, 1e-3)
     with live:
         live.restart()
         engine.train_step(batch, 1e-3)
     after = _resident()
-    tensors, allocated = live.peak, _peak(profile, held)
+    tensors, allocated = live.peak, min(_peaks(profile, held))
     del engine, batch, profile
     rotary_table.cache_clear()
     gc.collect()
     return Measured(allocated, tensors, None if before is None or after is None else after - before)
 
 
-_MARK = "the step that is measured"
+_MARK = "a step that is measured"
+_STEPS = 3  # of which the least counts: what other threads free late, or unseen, only adds
 
 
 def _settle(live: Any) -> None:
@@ -134,42 +142,40 @@ def _settle(live: Any) -> None:
         time.sleep(0.1)
 
 
-def _peak(profile: Any, held: int) -> int:
-    """The most bytes during the marked step, at whose beginning `held` were allocated.
+def _peaks(profile: Any, held: Sequence[int]) -> Iterator[int]:
+    """The most bytes during each marked step, at whose beginning `held` were allocated.
 
     The profiler does not see what other threads free: memory that is given out again must have been freed.
     """
     from torch._C._profiler import _EventType
 
-    start, events = None, []
+    starts, events = [], []
     todo = list(profile.profiler.kineto_results.experimental_event_tree())
     while todo:
         event = todo.pop()
         todo += event.children
         kind, extra = event.typed
         if event.name == _MARK:
-            start = event.start_time_ns
+            starts.append(event.start_time_ns)
         elif kind == _EventType.Allocation:
             events.append((event.start_time_ns, extra.ptr, extra.alloc_size))
-    assert start is not None
     events.sort(key=lambda event: event[0])
-    earlier: dict[int, int] = {}  # what the step finds
-    for _, address, size in (event for event in events if event[0] < start):
-        if size > 0:
-            earlier[address] = size
-        else:
-            earlier.pop(address, None)
-    sizes: dict[int, int] = {}  # what it makes
-    now = peak = held
-    for _, address, size in (event for event in events if event[0] >= start):
-        if size > 0:
-            earlier.pop(address, None)  # freed before the step began, unseen, and not among what was held
-            now += size - sizes.pop(address, 0)
-            sizes[address] = size
-            peak = max(peak, now)
-        else:
-            now -= sizes.pop(address, 0) or earlier.pop(address, 0)
-    return peak
+    bounds = [0, *sorted(starts), math.inf]
+    earlier: dict[int, int] = {}  # what a step finds
+    for base, (start, end) in zip((0, *held), itertools.pairwise(bounds), strict=True):
+        sizes: dict[int, int] = {}  # what it makes
+        now = peak = base
+        for _, address, size in (event for event in events if start <= event[0] < end):
+            if size > 0:
+                earlier.pop(address, None)  # freed before the step began, unseen, and not among what was held
+                now += size - sizes.pop(address, 0)
+                sizes[address] = size
+                peak = max(peak, now)
+            else:
+                now -= sizes.pop(address, 0) or earlier.pop(address, 0)
+        earlier |= sizes
+        if start:
+            yield peak
 
 
 def _resident(restart: bool = False) -> int | None:

@@ -28,7 +28,7 @@ def test_the_planner_fills_in_the_layout() -> None:
     config = after.config
     plain = loaded(SMALL).config
     assert config.parallel.auto is None and check_world(config, 8)
-    best = search(plain, 8, gpu(79.1)).best
+    best = search(plain, 8, gpu(79.1), backend="native").best
     assert best.layout.on(plain) == config
     changed = {key for key, origin in after.origins.items() if origin == ORIGIN}
     assert "parallel.auto" in changed and "batch.micro" in changed
