@@ -66,5 +66,9 @@ def join(
 def leave() -> None:
     """Leave after everybody has arrived here."""
     if dist.is_initialized():
-        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[torch.cuda.current_device()])
+        else:
+            # gloo's other barrier leaves a tensor to a thread, which aborts the process if Python is ending by then.
+            dist.monitored_barrier()
         dist.destroy_process_group()
