@@ -72,11 +72,10 @@ def open_train(config: Config, total_samples: int) -> CompositeDataset:
     model does not know, and for budgets that the run's length does not meet.
     """
     data, sources = config.data, _listed(config.data.train)
-    if len(sources) == 1 and (data.phases or sources[0].tokens is not None):
-        key = "data.phases" if data.phases else "data.train: `tokens`"
+    if len(sources) == 1 and sources[0].tokens is not None:
         raise UserError(
-            f"{key}: shares the run out among sources, but {sources[0].label} is the only one; leave it out, or name "
-            "others"
+            f"data.train: `tokens` shares the run out among sources, but {sources[0].label} is the only one; leave it "
+            "out, or name others"
         )
     objective = _objective(config, fim=True)
     split = data.split if data.valid is None else "1,0,0"
