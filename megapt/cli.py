@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megapt.commands import checkpoint, convert, data, data_show, plan, schedule, tokenize
+from megapt.commands import checkpoint, convert, data, data_show, kernels, plan, schedule, tokenize
 from megapt.commands.collectives import collectives
 from megapt.commands.evaluate import evaluate
 from megapt.commands.prove import prove
@@ -41,6 +41,7 @@ app.add_typer(schedule.app, name="schedule")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench_app, name="bench")
+app.add_typer(kernels.app, name="kernels")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[

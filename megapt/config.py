@@ -33,6 +33,14 @@ def _planned(value: Any) -> Any:
     return {"auto": "detect"} if value == "auto" else value
 
 
+def _everywhere(value: Any) -> Any:
+    """`kernels: auto` and `kernels: reference` as the same choice for every operation; gradients of weights are then
+    added by nobody but autograd."""
+    if value not in ("auto", "reference"):
+        return value
+    return dict.fromkeys(KernelsConfig.model_fields, value) | ({"wgrad": "off"} if value == "reference" else {})
+
+
 def _joined(value: Any) -> Any:
     """A list, or a single number, as a layout string."""
     if isinstance(value, list):
@@ -328,6 +336,26 @@ class TrainConfig(Section):
     validate_samples: CountOrZero = Field(256, description="0: no validation")
 
 
+Fused = Literal["auto", "cuda", "library", "reference"]
+
+
+class KernelsConfig(Section):
+    """What computes each operation: `auto` takes the first of our CUDA kernels, installed libraries and PyTorch's own
+    operators that can, or what torch compiles where `compile` is set; another value takes that kind or refuses. One
+    word, `auto` or `reference`, may stand for all.
+    """
+
+    norm: Fused = Field("auto", description="RMSNorm and LayerNorm, with the sum before them")
+    glu: Fused = Field("auto", description="gated activations")
+    rope: Fused = Field("auto", description="rotary positions")
+    attention: str = Field("auto", description="a kind, triton among them, or an implementation: flash-attn 3")
+    cross_entropy: Literal["auto", "cuda", "reference"] = Field("auto", description="softmax and loss of logits")
+    adamw: Fused = Field("auto", description="the update of a shard; native ZeRO only")
+    wgrad: Literal["auto", "library", "reference", "off"] = Field(
+        "auto", description="weight gradients added to their sum by the product that makes them; native ZeRO only"
+    )
+
+
 class EphemeralConfig(Section):
     """Checkpoints in between, for a restart that repeats less; the newest of both kinds is resumed."""
 
@@ -370,6 +398,7 @@ class Config(Section):
     parallel: Annotated[ParallelConfig, BeforeValidator(_planned)] = ParallelConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     compile: bool = Field(False, description="torch.compile of what lies between the parallel layers' collectives")
+    kernels: Annotated[KernelsConfig, BeforeValidator(_everywhere)] = KernelsConfig()
     zero: ZeroConfig = ZeroConfig()
     data: DataConfig
     batch: BatchConfig

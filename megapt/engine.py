@@ -58,6 +58,7 @@ class Engine:
                 config.optimizer,
                 scaling,
                 config.seed,
+                config.kernels,
             )
             self._backend.attach(self.pipeline)
         OPERATIONS.action = "between steps"

@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
 def _check_device(config: Config, data: int, environment: RankEnvironment) -> None:
     """UserError where this machine cannot do what the config asks of it."""
     from megapt.distributed import device_of
+    from megapt.kernel_choice import check_kernels
     from megapt.model.compiled import check_compiler
     from megapt.plan.memory import layer_policies
 
@@ -61,6 +62,7 @@ def _check_device(config: Config, data: int, environment: RankEnvironment) -> No
     layer_policies(config, data, cpu=device.type == "cpu")
     if config.compile:
         check_compiler(device)
+    check_kernels(config, device)
 
 
 def _parse(arguments: Sequence[str]) -> Loaded:

@@ -231,6 +231,13 @@ def _zero_conflicts(config: Config) -> Iterator[tuple[str, str]]:
             f"needs zero.backend = deepspeed, zero.stage 1 to 3 and parallel.pipeline = 1, not {zero.backend}, "
             f"{zero.stage} and {parallel.pipeline}",
         )
+    for name in ("adamw", "wgrad"):
+        chosen = getattr(config.kernels, name)
+        if zero.backend == "deepspeed" and chosen not in ("auto", "off" if name == "wgrad" else "reference"):
+            yield (
+                f"kernels.{name}",
+                f"{chosen} needs zero.backend = native: DeepSpeed updates weights and accumulates gradients itself",
+            )
     if zero.backend == "deepspeed":
         if config.precision == "fp16":
             yield "precision", "fp16 needs zero.backend = native, which scales the loss; or use precision = bf16"

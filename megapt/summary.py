@@ -6,10 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
+import torch
+
 from megapt.config import Config
+from megapt.kernel_choice import chosen
 from megapt.mesh import ParallelMesh
-from megapt.parallel.pipeline.stages import split_layers
+from megapt.model.kernels import Kernels
+from megapt.parallel.pipeline.stages import DTYPES, split_layers
 from megapt.plan.memory import StageMemory, stage_memory
+from megapt.zero.accumulate import fuses_products
 
 
 def print_summary(
@@ -106,41 +111,52 @@ def _recompute(config: Config, stages: Sequence[StageMemory]) -> str:
 
 def kernels(config: Config, mesh: ParallelMesh) -> list[str]:
     """Which implementation computes what on this device in this precision, in words."""
-    model, cpu = config.model, mesh.device.type == "cpu"
-    kernel, own = _attention(config, cpu)
-    turned = ", compiled" if config.compile else " on the way in" if own else " before it"
-    attention = f"{kernel} in {config.precision}" + (f", rotary positions{turned}" if model.position == "rope" else "")
-    norm = "LayerNorm: torch" if model.norm == "layer_norm" else "RMSNorm: torch"
-    mlp = model.activation + (", recomputed in the backward pass: megapt" if model.gated else ": torch")
-    if config.compile:
-        norm, mlp = f"{norm}, compiled", f"{model.activation}: torch, compiled"
-    elif cpu and model.norm == "rms_norm":
-        norm = "RMSNorm: megapt, in blocks of rows"
+    model = config.model
+    how = Kernels.of(config)
+
+    def by(key: str) -> str:
+        kind = getattr(how, key, "auto")
+        return "torch, compiled" if kind == "compiled" else chosen(config, mesh.device, key)
+
+    kernel, own = _attention(config, mesh.device)
+    attention = f"{kernel} in {config.precision}"
+    if model.position == "rope":
+        attention += f", rotary positions {'on the way in' if own and how.rope == 'auto' else by('rope')}"
+    activation = f"gated {model.activation}: {by('glu')}" if model.gated else f"{model.activation}: torch"
+    if not model.gated and how.glu == "compiled":
+        activation += ", compiled"
     wide = "fp64" if config.precision == "fp64" else "fp32"
+    loss = f"{by('cross_entropy')}, with the output projection, in blocks of tokens, softmax in {wide}"
     return [
         f"attention: {attention}",
-        norm,
-        f"MLP's {'gated ' if model.gated else ''}{mlp}",
-        f"cross entropy: megapt, with the output projection, in blocks of tokens, softmax in {wide}",
+        f"{'LayerNorm' if model.norm == 'layer_norm' else 'RMSNorm'}: {by('norm')}",
+        f"MLP's {activation}",
+        f"cross entropy: {loss}",
         f"gradient reduction: {_reduction(config)}",
+        *_updates(config, mesh),
     ]
 
 
-def _attention(config: Config, cpu: bool) -> tuple[str, bool]:
-    """Which kernel `model.attention` chooses, and whether it is called from a function of ours that turns queries and
-    keys on their way in."""
+def _attention(config: Config, device: torch.device) -> tuple[str, bool]:
+    """What `model.attention` calls, and whether from a function of ours that turns queries and keys on their way in."""
     model = config.model
-    half = config.precision in ("bf16", "fp16")
-    windowed = model.window is not None and model.window < config.batch.sequence
+    if device.type != "cpu" or config.kernels.attention != "auto":
+        return chosen(config, device, "attention"), False
     if model.attention_softcap is not None:
         return "megapt, by blocks of queries (capped scores)", True
-    if cpu:
-        flash = "torch's blockwise flash kernel for CPUs"
-        return (f"{flash}, windows by blocks of queries" if windowed else flash), True
-    if windowed and not half:
-        return "megapt, by blocks of queries (windows)", True
-    varlen = half and (windowed or config.data.separates_documents)
-    return "torch varlen_attn" if varlen else "torch scaled_dot_product_attention", False
+    flash = "torch's blockwise flash kernel for CPUs"
+    windowed = model.window is not None and model.window < config.batch.sequence
+    return (f"{flash}, windows by blocks of queries" if windowed else flash), True
+
+
+def _updates(config: Config, mesh: ParallelMesh) -> list[str]:
+    """Of the native backend: what updates, and what adds weight gradients where their product does."""
+    if config.zero.backend != "native":
+        return []
+    lines = [f"update: {chosen(config, mesh.device, 'adamw')}"]
+    if fuses_products(config.kernels.wgrad, DTYPES[config.precision], mesh.device):
+        lines.append(f"weight gradients added by their product: {chosen(config, mesh.device, 'wgrad')}")
+    return lines
 
 
 def _reduction(config: Config) -> str:

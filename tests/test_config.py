@@ -179,7 +179,7 @@ def test_every_problem_is_named_with_its_place(file: Path) -> None:
     assert sorted(_refusal(file).splitlines()) == sorted(
         [
             f"{file}:1: unknown key `sead`; did you mean `seed`? Known here: "
-            "seed, precision, loss_scale, objective, model, parallel, recompute, compile, zero, data, batch, "
+            "seed, precision, loss_scale, objective, model, parallel, recompute, compile, kernels, zero, data, batch, "
             "optimizer, train, checkpoint, run",
             f"{file}:3: `model.layers`: input should be a valid integer (given: 'x')",
             f"{file}:2: `model.vocabulary` is missing and has no default",

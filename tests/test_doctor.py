@@ -107,8 +107,8 @@ def test_optional_parts_are_found_without_importing_them(
     (tmp_path / "flash_attn" / "cute").mkdir()
     (tmp_path / "amp_C.py").write_text(explosive)
     (tmp_path / "g++").write_text("#!/bin/sh\necho 'g++ (Some 1) 14.2.1'\n")
-    (tmp_path / "ninja").write_text("#!/bin/sh\nexit 1\n")
-    for program in ("g++", "ninja"):
+    (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    for program in ("g++", "nvcc"):
         (tmp_path / program).chmod(0o755)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -120,5 +120,6 @@ def test_optional_parts_are_found_without_importing_them(
     assert found["NVIDIA apex"].where == str(tmp_path / "amp_C.py")
     assert found["Transformer Engine"].found and found["triton"].found
     assert found["g++"].version == "14.2.1"
-    assert (found["ninja"].found, found["ninja"].version) == (False, None)
-    assert not found["nvcc"].found
+    assert (found["nvcc"].found, found["nvcc"].version, found["nvcc"].used) == (False, None, False)
+    # Where it is used, what computes instead is not shown.
+    assert found["triton"].used and not found["Transformer Engine"].used

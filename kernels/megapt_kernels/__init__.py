@@ -1,95 +1,69 @@
-"""Compute kernels of megapt, and what this machine offers for running or building faster ones.
+"""Compute kernels for pretraining: one function per operation, several implementations of each.
 
-Importing this package imports no torch, no CUDA, no Triton, and compiles nothing.
+Every function computes the same numbers whatever implementation runs; `impl` or the environment variable
+MEGAPT_KERNELS chooses one, `explain` says which would run and why the others would not. Importing the package imports
+nothing but Python's own library; its first operation imports torch, and what else is installed is imported only by the
+implementation that needs it.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-import re
-import shutil
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
+import importlib
+from typing import TYPE_CHECKING, Any
 
-_ATTENTION = "torch scaled_dot_product_attention"
-_PYTORCH = "PyTorch's own operators"
+from megapt_kernels.probe import Capability, capabilities
 
+if TYPE_CHECKING:
+    from megapt_kernels.adamw import AdamWShard, adamw_step_, squared_norm
+    from megapt_kernels.attention import AttentionSpec, attention
+    from megapt_kernels.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
+    from megapt_kernels.glu import geglu, swiglu
+    from megapt_kernels.moe import moe_permute, moe_unpermute
+    from megapt_kernels.norms import layer_norm, rms_norm
+    from megapt_kernels.registry import Explanation, Unsupported, explain, operations, use
+    from megapt_kernels.rope import rope_
+    from megapt_kernels.wgrad import wgrad_accumulate_
 
-@dataclass(frozen=True)
-class Capability:
-    """An optional part: whether it is on this machine, and what megapt computes with where it is not in use.
+_HOMES = {
+    "adamw": ("AdamWShard", "adamw_step_", "squared_norm"),
+    "attention": ("AttentionSpec", "attention"),
+    "cross_entropy": ("linear_cross_entropy", "vocab_parallel_cross_entropy"),
+    "glu": ("geglu", "swiglu"),
+    "moe": ("moe_permute", "moe_unpermute"),
+    "norms": ("layer_norm", "rms_norm"),
+    "registry": ("Explanation", "Unsupported", "explain", "operations", "use"),
+    "rope": ("rope_",),
+    "wgrad": ("wgrad_accumulate_",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-    `used` says whether megapt takes the part when it is found; a part that is found and not used changes
-    nothing.
-    """
-
-    name: str
-    found: bool
-    version: str | None
-    where: str | None
-    used: bool
-    instead: str
-
-
-def capabilities() -> tuple[Capability, ...]:
-    """Probe every optional part without importing any of them; a part that is broken is not found."""
-    return (
-        _module("flash-attn 2", "flash_attn", "flash-attn", _ATTENTION, member="flash_attn_interface.py"),
-        _module("flash-attn 3", "flash_attn_interface", "flash-attn-3", _ATTENTION),
-        _module("flash-attn 4", "flash_attn", "flash-attn-4", _ATTENTION, member="cute"),
-        # Not `apex`: the package of that name in the public index is another project.
-        _module("NVIDIA apex", "amp_C", "apex", "norms and AdamW of PyTorch"),
-        _module(
-            "Transformer Engine",
-            "transformer_engine",
-            "transformer-engine",
-            "bf16 or fp32 matrix products of PyTorch",
-        ),
-        _module("triton", "triton", "triton", _PYTORCH),
-        _program("nvcc", f"{_PYTORCH}; there are no CUDA sources to build"),
-        _program("g++", f"{_PYTORCH}; there are no C++ sources to build"),
-        _program("ninja", f"{_PYTORCH}; there are no C++ sources to build"),
-    )
-
-
-def _module(name: str, module: str, distribution: str, instead: str, member: str | None = None) -> Capability:
-    """A top-level module, or one `member` of it: looking up a submodule would import its package."""
-    where = None
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        spec = None
-    if spec is not None:
-        folders = list(spec.submodule_search_locations or [])
-        if member is not None:
-            where = next((str(Path(f, member)) for f in folders if Path(f, member).exists()), None)
-        else:
-            where = spec.origin or next(iter(folders), None)
-    version = None
-    if where is not None:
-        try:
-            version = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return Capability(name, where is not None, version, where, False, instead)
+__all__ = [
+    "AdamWShard",
+    "AttentionSpec",
+    "Capability",
+    "Explanation",
+    "Unsupported",
+    "adamw_step_",
+    "attention",
+    "capabilities",
+    "explain",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "moe_permute",
+    "moe_unpermute",
+    "operations",
+    "rms_norm",
+    "rope_",
+    "squared_norm",
+    "swiglu",
+    "use",
+    "vocab_parallel_cross_entropy",
+    "wgrad_accumulate_",
+]
 
 
-def _program(name: str, instead: str) -> Capability:
-    """A program on the PATH, or nvcc where CUDA_HOME says."""
-    where = shutil.which(name)
-    if where is None and name == "nvcc" and os.environ.get("CUDA_HOME"):
-        where = shutil.which(str(Path(os.environ["CUDA_HOME"], "bin", name)))
-    if where is None:
-        return Capability(name, False, None, None, False, instead)
-    try:
-        ran = subprocess.run(
-            [where, "--version"], capture_output=True, text=True, errors="replace", timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return Capability(name, False, None, where, False, instead)
-    # nvcc names the year of its copyright before its release, but without a dot.
-    number = re.search(r"\b(\d+\.\d+(?:\.\d+)*)", ran.stdout)
-    return Capability(name, True, number[1] if number else None, where, False, instead)
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

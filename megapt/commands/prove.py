@@ -110,7 +110,10 @@ def _matrix(shapes: list[Shape], full: bool, precision: str, ranks: int) -> tupl
         left_out.append("compile=on, which --full runs")
     elif not compiler:
         left_out.append("compile=on, since this machine has no C++ compiler (g++, clang++, or CXX)")
-    matrix = Matrix(shapes, min(ranks, bearable), precision, compiler)
+    cuda = precision == "fp32" and compiler and full
+    if not cuda:
+        left_out.append("kernels=cuda, which --full runs under the emulator in fp32, where there is a C++ compiler")
+    matrix = Matrix(shapes, min(ranks, bearable), precision, compiler, cuda)
     return (matrix.full() if full else matrix.quick()), left_out
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from megapt.batch import Documents
-from megapt.model.blockwise import (
+from megapt.model.kernels import AUTO, Kernels
+from megapt.model.positions import Rotary, turn
+from megapt_kernels.attention import AttentionSpec
+from megapt_kernels.attention import attention as kernel_attention
+from megapt_kernels.blockwise import (
     CAUSAL,
     Scores,
     attend,
@@ -22,7 +23,7 @@ from megapt.model.blockwise import (
     attend_in_window,
     attend_in_window_backward,
 )
-from megapt.model.positions import Rotary, rotate, turn
+from megapt_kernels.rope import rope_
 
 
 def attention(
@@ -33,36 +34,30 @@ def attention(
     rotary: Rotary | None,
     scores: Scores = CAUSAL,
     documents: Documents | None = None,
+    kernels: Kernels = AUTO,
+    owned: bool = False,
 ) -> Tensor:
     """Each token attends to its document: to itself and the tokens before it, or as `scores` says otherwise.
 
     qkv: [T, (heads + 2 x kv_heads) x width], T = batch x sequence: a token's query heads, then its key heads, then
     its value heads; query head i meets key/value head i // (heads / kv_heads) (arXiv 2305.13245).
-    rotary: turns queries and keys before they meet. documents: None where each of the `batch` rows is one.
+    rotary: turns queries and keys before they meet. documents: None where each of the `batch` rows is one. owned:
+    whether qkv may be written to: nobody else needs it.
     Returns [T, heads x width].
     """
     lengths = documents.lengths if documents is not None else (qkv.shape[0] // batch,) * batch
-    windowed, half = scores.windowed(max(lengths)), qkv.dtype in (torch.bfloat16, torch.float16)
-    if qkv.device.type == "cpu" or scores.softcap is not None or (windowed and not half):
+    whole = qkv.device.type == "cpu" and kernels.attention == "auto"
+    if rotary is not None and not (whole and kernels.rope == "auto"):
+        tokens = (qkv if owned else qkv.clone()).unflatten(1, (heads + 2 * kv_heads, -1))
+        cos, sin = (t.flatten(0, -2) for t in rotary)
+        qkv, rotary = rope_(tokens, cos, sin, heads=heads + kv_heads, impl=kernels.rope).flatten(1), None
+    if whole:
         return _Attention.apply(qkv, batch, heads, kv_heads, *(rotary or (None, None)), scores, lengths)
+    cut = None if documents is None else documents.lengths
+    spec = AttentionSpec(scores.causal, scores.window, scores.scale, scores.softcap, cut)
     q, k, v = _heads(qkv, batch, heads, kv_heads)
-    if rotary is not None:
-        q, k = rotate(q, rotary), rotate(k, rotary)
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    if half and (documents is not None or windowed):
-        return _varlen(q, k, v, documents or _rows(lengths, qkv.device), scores).flatten(1)
-    grouped = heads != kv_heads
-    if grouped and qkv.dtype == torch.float32:
-        # Its one kernel without the matrix of scores, the memory-efficient one, wants as many heads of each.
-        k, v, grouped = _repeated(k, heads), _repeated(v, heads), False
-    rows = []
-    for run in _runs(lengths):
-        run_q, run_k, run_v = (_as_batch(t, run) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(
-            run_q, run_k, run_v, is_causal=scores.causal, scale=scores.scale, enable_gqa=grouped
-        )
-        rows.append(y.transpose(1, 2).flatten(0, 1).flatten(1))
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    y = kernel_attention(q, k, v, spec, impl=kernels.attention)
+    return y.flatten(0, 1).flatten(1)
 
 
 class _Run:
@@ -145,7 +140,7 @@ class _Attention(Function):
 
 def _attend(scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """A run's attention, and what its backward needs beside: the logs of the softmax's denominators."""
-    if q.device.type != "cpu" or scores.softcap is not None:
+    if scores.softcap is not None:
         return attend(q, k, v, scores)
     if scores.windowed(q.shape[2]):
         return attend_in_window(q, k, v, scores)
@@ -157,7 +152,7 @@ def _attend(scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 def _attend_backward(
     scores: Scores, lse: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.device.type != "cpu" or scores.softcap is not None:
+    if scores.softcap is not None:
         return attend_backward(dy, q, k, v, out, lse, scores)
     if scores.windowed(q.shape[2]):
         return attend_in_window_backward(dy, q, k, v, out, lse, scores)
@@ -180,39 +175,3 @@ def _turned(
     turn(qkv[1], rotary, views[1])
     views[2].copy_(qkv[2])
     return views
-
-
-def _repeated(t: Tensor, heads: int) -> Tensor:
-    """Key or value heads [T, kv_heads, width] as often as there are query heads."""
-    return t.repeat_interleave(heads // t.shape[1], dim=1)
-
-
-def _rows(lengths: tuple[int, ...], device: torch.device) -> Documents:
-    """Rows of equal length as documents."""
-    bounds = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * lengths[0]
-    return Documents(lengths, bounds, torch.arange(lengths[0], device=device).repeat(len(lengths)))
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores) -> Tensor:
-    """All documents in one call of a GPU's flash kernel: [T, heads, width] each -> [T, heads, width]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    before = -1 if scores.window is None else scores.window - 1
-    options: dict[str, Any] = {"window_size": (before, 0 if scores.causal else -1), "scale": scores.scale}
-    if q.shape[1] != k.shape[1]:
-        if _varlen_groups_heads():
-            options["enable_gqa"] = True
-        else:
-            k, v = (_repeated(t, q.shape[1]) for t in (k, v))
-    bounds, longest = documents.cu_seqlens, max(documents.lengths)
-    y = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
-    assert isinstance(y, Tensor)  # no second result was asked for
-    return y
-
-
-@cache
-def _varlen_groups_heads() -> bool:
-    """Whether this torch's varlen attention takes fewer key/value heads than query heads: 2.11 does not say so."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters

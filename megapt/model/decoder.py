@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from megapt_kernels.glu import geglu, swiglu
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from megapt.batch import MicroBatch
 from megapt.config import ModelConfig
 from megapt.model.attention import attention
-from megapt.model.blocks import row_blocks
-from megapt.model.blockwise import Scores
 from megapt.model.compiled import chain, turned
-from megapt.model.norms import QKNorm, make_norm
+from megapt.model.kernels import AUTO, Kernels
+from megapt.model.norms import Norm, QKNorm, make_norm
 from megapt.model.positions import Rotary, at_positions, rotary_table
 from megapt.model.recompute import Policy, drop_all, drop_output, keep_input
 from megapt.parallel.loss import LossSettings, VocabularyHead
@@ -33,21 +32,22 @@ from megapt.parallel.tensor import (
     VocabularyEmbedding,
 )
 from megapt.parameters import Parameter
+from megapt_kernels.blockwise import Scores
 
 
 class Attention(nn.Module):
     """Self-attention with grouped key/value heads (arXiv 2305.13245), this rank's heads only."""
 
     def __init__(
-        self, model: ModelConfig, factory: ParameterFactory, at: str, layer: int, compiled: bool = False
+        self, model: ModelConfig, factory: ParameterFactory, at: str, layer: int, kernels: Kernels = AUTO
     ) -> None:
         super().__init__()
-        self.compiled = compiled
+        self.kernels = kernels
         self.qkv = ColumnParallelLinear(factory, f"{at}.q", f"{at}.k", f"{at}.v")
         self.heads, self.kv_heads = (w // model.head_width for w in self.qkv.widths[:2])
         self.qk_norm: QKNorm | None = None
         if model.qk_norm != "none":
-            self.qk_norm = QKNorm(model, factory, at, self.heads, self.kv_heads, compiled)
+            self.qk_norm = QKNorm(model, factory, at, self.heads, self.kv_heads, kernels)
         self.out = RowParallelLinear(factory, f"{at}.out")
         self.scores = Scores(
             model.attention == "causal", model.window_of(layer), model.attention_scale, model.attention_softcap
@@ -66,10 +66,13 @@ class Attention(nn.Module):
             rows, turning, angles = len(batch.tokens), self.heads + self.kv_heads, rotary
             if self.qk_norm is not None:
                 qkv = self.qk_norm(qkv)
-            if self.compiled and angles is not None:
+            if self.kernels.rope == "compiled" and angles is not None:
                 width = qkv.shape[1] // (turning + self.kv_heads)
                 qkv, angles = chain(turned)(qkv, *angles, rows, turning, width), None
-            return attention(qkv, rows, self.heads, self.kv_heads, angles, self.scores, batch.documents)
+            owned = self.qk_norm is not None or not drop  # else it is what the backward starts from
+            return attention(
+                qkv, rows, self.heads, self.kv_heads, angles, self.scores, batch.documents, self.kernels, owned
+            )
 
         y, y_again = drop_all(core, self.qkv(x, again), drop)
         return self.out(y, y_again, graph_only)
@@ -78,9 +81,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Plain, or gated (arXiv 2002.05202)."""
 
-    def __init__(self, model: ModelConfig, factory: ParameterFactory, at: str, compiled: bool = False) -> None:
+    def __init__(self, model: ModelConfig, factory: ParameterFactory, at: str, kernels: Kernels = AUTO) -> None:
         super().__init__()
-        self.gated, self.activation, self.compiled = model.gated, model.activation, compiled
+        self.gated, self.activation, self.kernel = model.gated, model.activation, kernels.glu
         self.up = ColumnParallelLinear(factory, *([f"{at}.gate"] if model.gated else []), f"{at}.up")
         self.down = RowParallelLinear(factory, f"{at}.down")
 
@@ -91,9 +94,13 @@ class MLP(nn.Module):
         return self.down(y, y_again, graph_only)
 
     def _activate(self, y: Tensor) -> Tensor:
-        if self.compiled:
+        if self.kernel == "compiled":
             return chain(gated if self.gated else _activate)(y, self.activation)
-        return _Gated.apply(y, self.activation) if self.gated else _activate(y, self.activation)
+        if not self.gated:
+            return _activate(y, self.activation)
+        if self.activation == "silu":
+            return swiglu(y, impl=self.kernel)
+        return geglu(y, approximate=_APPROXIMATION[self.activation], impl=self.kernel)
 
 
 def gated(y: Tensor, activation: str) -> Tensor:
@@ -102,44 +109,11 @@ def gated(y: Tensor, activation: str) -> Tensor:
     return _activate(gate, activation) * up
 
 
-class _Gated(Function):
-    """`gated`, in place of a compiler.
-
-    The activation is computed again in the backward pass rather than kept, and both gradients land in one tensor.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, activation: str) -> Tensor:
-        ctx.activation = activation
-        ctx.save_for_backward(y)
-        gate, up = y.chunk(2, dim=-1)
-        out = y.new_empty(up.shape)
-        for g, u, o in row_blocks(gate, up, out):
-            torch.mul(_activate(g, activation), u, out=o)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (y,) = ctx.saved_tensors
-        dy = torch.empty_like(y)
-        for g, u, dg, du, d in row_blocks(*y.chunk(2, dim=-1), *dy.chunk(2, dim=-1), grad):
-            torch.mul(_activate(g, ctx.activation), d, out=du)
-            _activate_backward(d * u, g, ctx.activation, dg)
-        return dy, None
-
-
 def _activate(x: Tensor, kind: str) -> Tensor:
     return F.silu(x) if kind == "silu" else F.gelu(x, approximate=_APPROXIMATION[kind])
 
 
-def _activate_backward(grad: Tensor, x: Tensor, kind: str, out: Tensor) -> None:
-    if kind == "silu":
-        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
-    else:
-        torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=_APPROXIMATION[kind], grad_input=out)
-
-
-_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
+_APPROXIMATION: dict[str, Literal["none", "tanh"]] = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 class Layer(nn.Module):
@@ -155,21 +129,21 @@ class Layer(nn.Module):
         factory: ParameterFactory,
         index: int,
         recompute: Policy = "none",
-        compiled: bool = False,
+        kernels: Kernels = AUTO,
     ) -> None:
         super().__init__()
         self.recompute, self.parallel = recompute, model.parallel_residual
         at = f"layers.{index}"
 
-        def norm(name: str, there: bool) -> nn.Module | None:
-            return make_norm(model, factory, f"{at}.{name}", compiled) if there else None
+        def norm(name: str, there: bool) -> Norm | None:
+            return make_norm(model, factory, f"{at}.{name}", kernels) if there else None
 
         before, after = model.norm_placement != "after", model.norm_placement != "before"
         self.attention_norm = norm("attention_norm", before)
-        self.attention = Attention(model, factory, f"{at}.attention", index, compiled)
+        self.attention = Attention(model, factory, f"{at}.attention", index, kernels)
         self.attention_norm_after = norm("attention_norm_after", after)
         self.mlp_norm = norm("mlp_norm", before)
-        self.mlp = MLP(model, factory, f"{at}.mlp", compiled)
+        self.mlp = MLP(model, factory, f"{at}.mlp", kernels)
         self.mlp_norm_after = norm("mlp_norm_after", after)
 
     def forward(self, x: Tensor, batch: MicroBatch, rotary: Rotary | None) -> Tensor:
@@ -185,13 +159,17 @@ class Layer(nn.Module):
         attended = self.attention(y, batch, rotary, again, drop, graph_only and self.parallel)
         if self.attention_norm_after is not None:
             attended = self.attention_norm_after(attended)
-        stream = x + attended
-        y, again = _normed(self.mlp_norm, x if self.parallel else stream, drop)
+        if self.mlp_norm is not None and not (drop or self.parallel):
+            again = None
+            y, stream = self.mlp_norm.of_sum(attended, x)
+        else:
+            stream = x + attended
+            y, again = _normed(self.mlp_norm, x if self.parallel else stream, drop)
         made = self.mlp(y, again, drop, graph_only and self.mlp_norm_after is None)
         return stream + (made if self.mlp_norm_after is None else self.mlp_norm_after(made))
 
 
-def _normed(norm: nn.Module | None, x: Tensor, drop: bool) -> tuple[Tensor, Again | None]:
+def _normed(norm: Norm | None, x: Tensor, drop: bool) -> tuple[Tensor, Again | None]:
     return (x, None) if norm is None else drop_output(norm, x, drop)
 
 
@@ -224,11 +202,11 @@ class Head(nn.Module):
     """Final norm, output projection and loss."""
 
     def __init__(
-        self, model: ModelConfig, factory: ParameterFactory, settings: LossSettings, compiled: bool = False
+        self, model: ModelConfig, factory: ParameterFactory, settings: LossSettings, kernels: Kernels = AUTO
     ) -> None:
         super().__init__()
-        self.norm = make_norm(model, factory, "norm", compiled)
-        self.output = VocabularyHead(factory, settings)
+        self.norm = make_norm(model, factory, "norm", kernels)
+        self.output = VocabularyHead(factory, settings, kernels.cross_entropy)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         h = self.norm(x)
@@ -241,7 +219,7 @@ class DecoderChunk(nn.Module):
     `forward` takes the previous chunk's output x_TH (None on the first chunk, which reads the batch's tokens) and gives
     x_TH, or on the last chunk the summed loss of the labels (logits [T, vocabulary] if there are none).
 
-    recompute: what each layer computes again in the backward pass; default: nothing. compiled: whether torch compiles
+    recompute: what each layer computes again in the backward pass; default: nothing. kernels: what computes
     what lies between the parallel layers. before: called with the embedding, each layer and the head right before it
     runs; set where its weights may still be on their way.
     """
@@ -255,17 +233,17 @@ class DecoderChunk(nn.Module):
         last: bool,
         settings: LossSettings | None = None,
         recompute: Sequence[Policy] | None = None,
-        compiled: bool = False,
+        kernels: Kernels = AUTO,
     ) -> None:
         super().__init__()
         self.model, self.first, self.last = model, first, last
         self.embedding = Embedding(model, factory) if first else None
         policies = recompute or ["none"] * len(layers)
         self.layers = nn.ModuleList(
-            Layer(model, factory, index, policy, compiled) for index, policy in zip(layers, policies, strict=True)
+            Layer(model, factory, index, policy, kernels) for index, policy in zip(layers, policies, strict=True)
         )
         settings = settings or LossSettings(model.logit_softcap)
-        self.head = Head(model, factory, settings, compiled) if last else None
+        self.head = Head(model, factory, settings, kernels) if last else None
         self.before: Callable[[nn.Module], None] | None = None
 
     def forward(self, x: Tensor | None, batch: MicroBatch) -> Tensor:

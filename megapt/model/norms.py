@@ -6,81 +6,59 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from megapt_kernels.norms import layer_norm, rms_norm
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from megapt.config import ModelConfig
-from megapt.model.blocks import row_blocks
-from megapt.model.compiled import chain, layer_norm, qk_norm, rms_norm
+from megapt.model import compiled
+from megapt.model.compiled import chain
+from megapt.model.kernels import AUTO, Kernels
 from megapt.parallel.tensor import ParameterFactory, TensorParallel
+from megapt_kernels.blocks import row_blocks
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, model: ModelConfig, factory: ParameterFactory, name: str, compiled: bool = False) -> None:
+    def __init__(
+        self, model: ModelConfig, factory: ParameterFactory, name: str, kernels: Kernels = AUTO
+    ) -> None:
         super().__init__()
-        self.eps, self.offset, self.compiled = model.norm_eps, float(model.norm_offset), compiled
+        self.eps, self.offset, self.kernel = model.norm_eps, float(model.norm_offset), kernels.norm
         (self.weight,) = factory(f"{name}.weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.compiled:
-            return chain(rms_norm)(x, self.weight, self.eps, self.offset)
-        if x.device.type == "cpu" or self.offset:
-            return _OwnRMSNorm.apply(x, self.weight, self.eps, self.offset)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.kernel == "compiled":
+            return chain(compiled.rms_norm)(x, self.weight, self.eps, self.offset)
+        return rms_norm(x, self.weight, self.eps, offset=self.offset, impl=self.kernel)
 
-
-class _OwnRMSNorm(Function):
-    """y = x (weight + offset) / rms(x) per row of x [T, H], computed in at least fp32 and rounded once.
-
-    PyTorch has no fused kernel for it on CPUs, or with an offset, only a chain of whole-tensor operations. Here the
-    chain runs over blocks of rows, saves one number per row, and sums over rows and columns as matrix-vector products.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        w = _multiplier(weight, offset, wide)
-        y, scale = torch.empty_like(x), x.new_empty(x.shape[0], 1, dtype=wide)
-        for x_part, y_part, r in row_blocks(x, y, scale):
-            x_wide = x_part.to(wide)
-            torch.linalg.vector_norm(x_wide, dim=1, keepdim=True, out=r)
-            r.square_().div_(x.shape[1]).add_(eps).rsqrt_()
-            y_part.copy_((x_wide * r).mul_(w))
-        ctx.offset = offset
-        ctx.save_for_backward(x, weight, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, weight, scale = ctx.saved_tensors
-        w = _multiplier(weight, ctx.offset, scale.dtype)
-        dx, dw = torch.empty_like(x), torch.zeros_like(w)
-        for x_part, g_part, dx_part, r in row_blocks(x, grad, dx, scale):
-            x_wide, g = x_part.to(w.dtype), g_part.to(w.dtype)
-            product = g * x_wide
-            dw.addmv_(product.t(), r.squeeze(1))
-            # dx = r (g w - x r^2 mean(g w x))
-            along = torch.mv(product, w).unsqueeze(1).mul_(r.square()).div_(x.shape[1])
-            dx_part.copy_(torch.mul(g, w, out=product).addcmul_(x_wide, along, value=-1).mul_(r))
-        return dx, dw.to(weight.dtype), None, None
-
-
-def _multiplier(weight: Tensor, offset: float, wide: torch.dtype) -> Tensor:
-    return weight.to(wide) + offset if offset else weight.to(wide)
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and the sum."""
+        if self.kernel == "compiled":
+            stream = x + residual
+            return self(stream), stream
+        return rms_norm(x, self.weight, self.eps, residual, offset=self.offset, impl=self.kernel)
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, model: ModelConfig, factory: ParameterFactory, name: str, compiled: bool = False) -> None:
+    def __init__(
+        self, model: ModelConfig, factory: ParameterFactory, name: str, kernels: Kernels = AUTO
+    ) -> None:
         super().__init__()
-        self.eps, self.compiled = model.norm_eps, compiled
+        self.eps, self.kernel = model.norm_eps, kernels.norm
         (self.weight,) = factory(f"{name}.weight")
         (self.bias,) = factory(f"{name}.bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.compiled:
-            return chain(layer_norm)(x, self.weight, self.bias, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if self.kernel == "compiled":
+            return chain(compiled.layer_norm)(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, impl=self.kernel)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and the sum."""
+        if self.kernel == "compiled":
+            stream = x + residual
+            return self(stream), stream
+        return layer_norm(x, self.weight, self.bias, self.eps, residual, impl=self.kernel)
 
 
 class QKNorm(nn.Module):
@@ -89,7 +67,7 @@ class QKNorm(nn.Module):
     with a weight for each (OLMo 2, arXiv 2501.00656)."""
 
     def __init__(
-        self, model: ModelConfig, factory: ParameterFactory, at: str, heads: int, kv_heads: int, compiled: bool = False
+        self, model: ModelConfig, factory: ParameterFactory, at: str, heads: int, kv_heads: int, kernels: Kernels = AUTO
     ) -> None:
         super().__init__()
         self.whole, self.eps, self.offset = model.qk_norm == "whole", model.norm_eps, float(model.norm_offset)
@@ -99,12 +77,12 @@ class QKNorm(nn.Module):
         over = (model.heads, model.num_kv_heads) if self.whole else (1, 1)
         self.sums = _Sums(self.groups, over, self.width, self.whole, self.k.shard.primary, factory.tp)
         # Sums over ranks cannot be compiled.
-        self.compiled = compiled and not (self.whole and factory.tp.axis.size > 1)
+        self.compiled = kernels.norm == "compiled" and not (self.whole and factory.tp.axis.size > 1)
 
     def forward(self, qkv: Tensor) -> Tensor:
         weight = self._weight()
         if self.compiled:
-            return chain(qk_norm)(qkv, weight, self.groups, self.width, self.whole, self.eps)
+            return chain(compiled.qk_norm)(qkv, weight, self.groups, self.width, self.whole, self.eps)
         return _QKNorm.apply(qkv, weight, self.eps, self.sums)
 
     def _weight(self) -> Tensor:
@@ -142,7 +120,7 @@ class _Sums:
 
 
 class _QKNorm(Function):
-    """y = x w / rms(x) for query and key heads x, in blocks as in `_OwnRMSNorm`; value heads stay as they are."""
+    """y = x w / rms(x) for query and key heads x, in blocks of rows; value heads stay as they are."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, weight: Tensor, eps: float, sums: _Sums) -> Tensor:
@@ -183,5 +161,8 @@ class _QKNorm(Function):
         return dqkv, dw, None, None
 
 
-def make_norm(model: ModelConfig, factory: ParameterFactory, name: str, compiled: bool = False) -> nn.Module:
-    return (RMSNorm if model.norm == "rms_norm" else LayerNorm)(model, factory, name, compiled)
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(model: ModelConfig, factory: ParameterFactory, name: str, kernels: Kernels = AUTO) -> Norm:
+    return (RMSNorm if model.norm == "rms_norm" else LayerNorm)(model, factory, name, kernels)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from megapt.config import ModelConfig, RopeScaling
-from megapt.model.blocks import row_blocks
+from megapt_kernels.blocks import row_blocks
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, [S, 1, rotary_width / 2], or with a row for each sequence
 
@@ -77,20 +75,6 @@ def at_positions(table: Rotary, positions: Tensor) -> Rotary:
     return cos[positions], sin[positions]
 
 
-class _Rotate(Function):
-    """A rotation needs nothing saved but its angle, and its gradient is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return turn(x, (cos, sin), torch.empty(x.shape, dtype=x.dtype, device=x.device))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return turn(grad, (cos, -sin), torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)), None, None
-
-
 def turn(x: Tensor, table: Rotary, out: Tensor) -> Tensor:
     """Write x [B, S, heads, width] turned by its positions into `out` and return it; what is wider than the table
     stays as it is."""
@@ -105,8 +89,3 @@ def turn(x: Tensor, table: Rotary, out: Tensor) -> Tensor:
         left.copy_((a * c).addcmul_(b, s, value=-1))
         right.copy_((b * c).addcmul_(a, s))
     return out
-
-
-def rotate(x: Tensor, table: Rotary) -> Tensor:
-    """x [B, S, heads, width] turned by its positions, in the table's precision, back in its own."""
-    return _Rotate.apply(x, *table)

@@ -127,6 +127,12 @@ class ParameterFactory:
 
 def fused(tensors: Sequence[Tensor]) -> Tensor:
     """One tensor over the rows of all, without a copy where they are neighbours in memory."""
+    whole = neighbours(tensors)
+    return torch.cat(list(tensors)) if whole is None else whole
+
+
+def neighbours(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A view over the rows of all, if they lie in memory one after the other."""
     first = tensors[0]
     if len(tensors) == 1:
         return first
@@ -134,7 +140,7 @@ def fused(tensors: Sequence[Tensor]) -> Tensor:
     for t in tensors:
         same = t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         if not (same and t.is_contiguous() and t.storage_offset() == offset):
-            return torch.cat(list(tensors))
+            return None
         offset += t.numel()
     return first.as_strided((sum(t.shape[0] for t in tensors), *first.shape[1:]), first.stride())
 
@@ -173,7 +179,7 @@ class _Column(Function):
         parameters = ctx.saved_tensors[: ctx.parameters]
         tp: TensorParallel = ctx.tp
         weights, biases = parameters[: ctx.weights], parameters[ctx.weights :]
-        start = partial(_column_weights, tp, _input(ctx), grad, [w.shape[0] for w in weights])
+        start = partial(_column_weights, tp, _input(ctx), grad, weights)
         dw: Sequence[Tensor | None] = [None] * len(weights)
         dx, wait_dx = None, _nothing
         finish = None
@@ -190,15 +196,15 @@ class _Column(Function):
         return dx, None, None, None, *dw, *db
 
 
-def _column_weights(tp: TensorParallel, x: Tensor, grad: Tensor, rows: list[int]) -> Finish:
-    """Gradients of weights with `rows` rows each, for the input x (this rank's tokens) and the output's gradient."""
+def _column_weights(tp: TensorParallel, x: Tensor, grad: Tensor, weights: Sequence[Tensor]) -> Finish:
+    """Gradients of weights for their input x (this rank's tokens) and their output's gradient."""
     wait: Callable[[], Any] = _nothing
     if tp.axis.size > 1 and tp.sequence:
         x, wait = tp.start_gather(x)
 
-    def finish() -> Sequence[Tensor]:
+    def finish() -> Sequence[Tensor | None]:
         wait()
-        return (grad.t() @ x).split(rows)
+        return tp.weight_gradients.of(weights, grad, x)
 
     return finish
 
@@ -225,20 +231,20 @@ class _Row(Function):
         x = _input(ctx)  # computed again, where it is, while the gradient is on its way
         wait()
         if not tp.weight_gradients.deferred:
-            return grad @ weight, None, None, None, grad.t() @ x
-        tp.weight_gradients.push(WeightGradient([weight], partial(_row_weight, tp, x, local)))
+            return grad @ weight, None, None, None, *tp.weight_gradients.of([weight], grad, x)
+        tp.weight_gradients.push(WeightGradient([weight], partial(_row_weight, tp, x, local, weight)))
         return grad @ weight, None, None, None, None
 
 
-def _row_weight(tp: TensorParallel, x: Tensor, grad: Tensor) -> Finish:
+def _row_weight(tp: TensorParallel, x: Tensor, grad: Tensor, weight: Tensor) -> Finish:
     """Gradient of a weight for the input x and the output's gradient (this rank's tokens)."""
     wait: Callable[[], Any] = _nothing
     if tp.axis.size > 1 and tp.sequence:
         grad, wait = tp.start_gather(grad)
 
-    def finish() -> Sequence[Tensor]:
+    def finish() -> Sequence[Tensor | None]:
         wait()
-        return (grad.t() @ x,)
+        return tp.weight_gradients.of([weight], grad, x)
 
     return finish
 

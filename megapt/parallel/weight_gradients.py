@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-Finish = Callable[[], Sequence[Tensor]]
+Finish = Callable[[], Sequence[Tensor | None]]
+AddProduct = Callable[[Sequence[Tensor], Tensor, Tensor], None]
+"""Adds to the gradients of weights [N1, K], [N2, K], ... what dy [T, N1 + N2 + ...] and x [T, K] give: dy^T x."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,22 @@ Queue = deque[WeightGradient]
 
 
 class WeightGradients:
-    """Where the linear layers of a rank ask whether to compute their weights' gradients now."""
+    """Where the linear layers of a rank ask whether to compute their weights' gradients now, and leave them.
+
+    add: where gradients accumulate, if products can be added there at once; else they go the way of autograd.
+    """
 
     def __init__(self) -> None:
         self._queue: Queue | None = None
+        self.add: AddProduct | None = None
+
+    def of(self, weights: Sequence[Tensor], dy: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+        """Gradients of weights that multiply as one, for their input x and their outputs' gradient; None for those that
+        were added to the sums."""
+        if self.add is None:
+            return (dy.t() @ x).split([w.shape[0] for w in weights])
+        self.add(weights, dy, x)
+        return [None] * len(weights)
 
     @property
     def deferred(self) -> bool:

@@ -16,9 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from megapt.mesh import ParallelMesh
+from megapt.model import attention as model_attention
 from megapt.model.positions import rotary_table
 from megapt.parallel import tensor as parallel_tensor
 from megapt.plan.live import LiveBytes
+from megapt_kernels.attention import AttentionSpec
+from megapt_kernels.registry import operation
 
 _META = torch.device("meta")
 
@@ -104,6 +107,8 @@ def fake_rank(rank: int, world: int, device: torch.device, deepspeed: bool = Fal
                 # Stage 3 compares numbers over ranks.
                 replaced = _replaced(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _nothing)
                 stack.enter_context(replaced)
+            if device.type == "cuda":
+                stack.enter_context(_replaced(model_attention, "kernel_attention", _attention))
             stack.enter_context(_Program(live, device))
             stack.enter_context(live)
             yield live
@@ -232,11 +237,15 @@ class _FlashAttention(Function):
         return made
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    if q.dtype == torch.float64:  # which has no flash kernel
-        return F.scaled_dot_product_attention(q, k, v, **options)
-    made: Tensor = _FlashAttention.apply(q, k, v)
-    return made
+def _attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, impl: str = "auto") -> Tensor:
+    """What a flash kernel takes, or the reference where there may be none."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    windowed = spec.window is not None and spec.window < q.shape[1]
+    if q.dtype == torch.float64 or spec.softcap is not None or (windowed and not half):
+        (reference,) = (one for one in operation("attention").implementations if one.kind == "reference")
+        return reference.run(q, k, v, spec)
+    made: Tensor = _FlashAttention.apply(*(t.transpose(1, 2) for t in (q, k, v)))
+    return made.transpose(1, 2)
 
 
-_GPU_KERNELS: dict[Any, Callable[..., Any]] = {F.rms_norm: _rms_norm, F.scaled_dot_product_attention: _attention}
+_GPU_KERNELS: dict[Any, Callable[..., Any]] = {F.rms_norm: _rms_norm}

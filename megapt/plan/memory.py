@@ -246,10 +246,9 @@ def layer_activations(config: Config, cpu: bool, policy: Policy = "none") -> int
 
     That is, by what makes it: what each norm takes, and what the linear layers behind it take; queries, keys and values
     as attention takes them, its result and one sum of exponentials per head; the MLP's first projection and the input
-    of its second. On a GPU turned queries and keys live beside the projection that the values are a view of; where
-    queries and keys are normalised, so does what was projected. With `selective` what norms, attention and activation
-    make is not kept, and the projection is as it was before turning; with `full` only the stream at the layer's
-    beginning is.
+    of its second. Where queries and keys are normalised, what was projected lives beside them. With `selective` what
+    norms, attention and activation make is not kept, and the projection is as it was before turning; with `full` only
+    the stream at the layer's beginning is.
     """
     model, tensor = config.model, config.parallel.tensor
     width = DTYPES[config.precision].itemsize
@@ -264,8 +263,7 @@ def layer_activations(config: Config, cpu: bool, policy: Policy = "none") -> int
         return norms + _tokens(config) * (projection + up)
     if model.qk_norm != "none":
         projection = 2 * projection + (heads + kv_heads) * max(width, 4)
-    turned = 0 if cpu or model.position != "rope" else heads + kv_heads
-    attention = projection + (turned + heads) * model.head_width * width + heads * max(width, 4)
+    attention = projection + heads * model.head_width * width + heads * max(width, 4)
     down = model.ffn // tensor * width
     return norms + _tokens(config) * (attention + up + down)
 

@@ -10,13 +10,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megapt.config import Config, ModelConfig
-from megapt.model.blocks import _ELEMENTS
-from megapt.model.blockwise import _ELEMENTS as _SCORES
-from megapt.model.blockwise import _QUERIES
 from megapt.model.recompute import Policy
 from megapt.model.table import parameter_table
-from megapt.parallel.loss import _BLOCK_ELEMENTS
 from megapt.parallel.pipeline.stages import DTYPES
+from megapt_kernels.blocks import _ELEMENTS
+from megapt_kernels.blockwise import _ELEMENTS as _SCORES
+from megapt_kernels.blockwise import _QUERIES
+from megapt_kernels.cross_entropy import block_tokens
 
 _ACTIVATIONS, _DEFERRED, _GATHERS, _LOSS, _WORKING = ITEMS = ("activations", "deferred", "gathers", "loss", "working")
 """What a pass holds: what forwards keep, what waits for weights' gradients, whole sequences gathered from tensor ranks,
@@ -141,12 +141,12 @@ class Layer:
         kept = _ACTIVATIONS if policy == "none" else _WORKING
         graph = _WORKING if policy == "full" else _ACTIVATIONS
         self._column(tape, before, kept, graph, self.projection, graph if policy == "selective" else _WORKING)
-        self.core(tape)
+        self.core(tape, policy)
         if policy == "none":
             tape.move(self.core_kept(), _ACTIVATIONS)
-            tape.free(self.core_made() + self.projection - self.core_kept())
+            tape.free(self.core_made(policy) + self.projection - self.core_kept())
         else:
-            tape.free(self.core_made() - self.queries)
+            tape.free(self.core_made(policy) - self.queries)
             if policy == "full":
                 tape.free(self.projection)
         self._row(tape)
@@ -199,17 +199,18 @@ class Layer:
 
     # The attention core, from the projection (which is there) to the weighted values.
 
-    def core(self, tape: Tape) -> None:
+    def _turned(self, policy: Policy) -> int:
+        """Bytes beside the projection with queries and keys turned: on a GPU they are turned where they are, unless the
+        backward starts from them as they were."""
+        copied = self.place.cpu or (policy == "selective" and self.model.qk_norm == "none")
+        return self.projection if self.rotary and copied else 0
+
+    def core(self, tape: Tape, policy: Policy) -> None:
         if self.model.qk_norm != "none":
             tape.make(self.projection, self.qk_statistics)
         if self.rotary:
-            if self.place.cpu:
-                tape.make(self.projection)
-                tape.pass_by(self._turn_block(self.queries))
-            else:
-                for size in (self.queries, self.keys):
-                    tape.make(size)
-                    tape.pass_by(self._turn_block(size))
+            tape.make(self._turned(policy))
+            tape.pass_by(self._turn_block(self.queries if self.place.cpu else self.queries + self.keys))
         if self.blockwise:
             block, operands, _ = self._blocks()
             # Probabilities, and as operands of the product; the result by pairs of queries and keys.
@@ -234,21 +235,16 @@ class Layer:
         wanted = not (self.place.cpu or self.blockwise) and self.grouped and self.width == 4
         return 2 * self.queries if wanted else 0
 
-    def core_made(self) -> int:
+    def core_made(self, policy: Policy) -> int:
         """Bytes that `core` makes."""
-        turned = 0
-        if self.rotary:
-            turned = self.projection if self.place.cpu else self.queries + self.keys
         normed = self.projection + self.qk_statistics if self.model.qk_norm != "none" else 0
-        return normed + turned + self._repeated() + self.queries + self.sums
+        return normed + self._turned(policy) + self._repeated() + self.queries + self.sums
 
     def core_kept(self) -> int:
         """Bytes of the projection and of what `core` makes that its backward needs."""
-        made = self.core_made() + self.projection
+        made = self.core_made("none") + self.projection
         if self.rotary and self.place.cpu:
             made -= self.projection  # as it was before turning
-        if self.rotary and self._repeated():
-            made -= self.keys  # turned, before they were repeated
         return made
 
     # Backward, from the gradient of the result (which is there) to that of the input.
@@ -280,7 +276,7 @@ class Layer:
         # Attention
         self._through_norm_after(tape, after)
         if policy == "selective":
-            self.core(tape)
+            self.core(tape, policy)
         self._through_row(tape, self.queries, self.out_weight, policy, deferred, again=True)
         tape.free(stream if after else 0)
         self._through_core(tape, policy, deferred)
@@ -324,7 +320,7 @@ class Layer:
         if policy == "none":
             tape.free(self.core_kept(), item=_ACTIVATIONS)
         else:
-            tape.free(self.core_made())
+            tape.free(self.core_made(policy))
             tape.free(self.projection, item=_ACTIVATIONS)
         if self.model.qk_norm != "none":
             tape.pass_by(self.projection)
@@ -412,7 +408,7 @@ class Ends(Layer):
     def loss(self, tape: Tape) -> None:
         """Forward of the head: its projection's gradients are made at once, block by block."""
         rows, tokens, width, wide = self.rows, self.place.tokens, self.width, self.wide
-        block = min(max(1, _BLOCK_ELEMENTS[not self.place.cpu] // rows), tokens)
+        block = block_tokens(tokens, rows, gpu=not self.place.cpu)
         narrow = width < wide
         tape.make(self.stream)
         tape.make(self.statistics, item=_ACTIVATIONS)
@@ -424,8 +420,8 @@ class Ends(Layer):
         if narrow and self.place.cpu:
             half = self.place.precision == "fp16"
             casts = block * (rows + self.model.hidden) * wide if half else self.table
-        # The sum so far, the last block's product, and the next one's.
-        tape.pass_by(casts, *[self.head] * min(-(-tokens // block), 3), item=_LOSS)
+        # The sum so far, and on a CPU the product that is added to it.
+        tape.pass_by(casts, *[self.head] * min(-(-tokens // block), 2 if self.place.cpu else 1), item=_LOSS)
         tape.make(self.head, item=_LOSS)
         if self.gathered:
             tape.make(self.stream, item=_LOSS)

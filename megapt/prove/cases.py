@@ -31,6 +31,7 @@ AXES: Axes = {
     "vocabulary": (1, 32),
     "optimizer": ("", "muon"),
     "compile": (False, True),
+    "kernels": ("auto", "reference", "library"),
 }
 # Left to the full matrix: compiling takes longer than all else of the quick one.
 SLOW = {"compile": (False,)}
@@ -40,7 +41,7 @@ STRUCTURE = ("tp", "pp", "dp", "schedule", "micro", "sequence", "zero", "stages"
 PRODUCT = ("tp", "pp", "dp", "schedule", "zero", "sequence")
 # Those that a layer's inside can tell apart: of brief shapes every value of these occurs, and no others need to. One of
 # their layouts cuts tokens and lets ranks share key/value heads, which pairs of values do not say.
-INSIDE = ("tp", "sequence", "recompute")
+INSIDE = ("tp", "sequence", "recompute", "kernels")
 SHARED = Layout(tp=4, recompute="selective")
 
 _START = 8  # starting a layout costs about as much as so many ranks
@@ -89,6 +90,7 @@ def worthwhile(layout: Layout) -> bool:
         (layout.pp == 1 and (layout.schedule != "1f1b" or layout.stages != "even"))
         or (layout.tp == 1 and not layout.sequence)
         or (layout.stages == "uneven" and not 1 < layout.virtual_stages < layout.layers)
+        or (layout.compile and layout.kernels in ("reference", "cuda"))
     )
 
 
@@ -104,14 +106,21 @@ def _legal(case: Case, precision: str) -> bool:
 
 
 class Matrix:
-    """The layouts of some shapes on at most `ranks` ranks. Deterministic: the same cases every time."""
+    """The layouts of some shapes on at most `ranks` ranks. Deterministic: the same cases every time.
 
-    def __init__(self, shapes: Sequence[Shape], ranks: int, precision: str, compiler: bool = True) -> None:
+    compiler: whether torch can compile here. cuda: whether our CUDA kernels run here, as under the emulator they do.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Shape], ranks: int, precision: str, compiler: bool = True, cuda: bool = False
+    ) -> None:
         self.precision, self.ranks = precision, ranks
         self.shapes = {shape.name: shape for shape in shapes}
         self.axes: Axes = {"shape": tuple(self.shapes), **AXES}
         if any(shape.tree["optimizer"]["kind"] == "muon" for shape in shapes):
             self.axes["optimizer"] = ("", "adamw")
+        if cuda:
+            self.axes["kernels"] += ("cuda",)
         self.fast: Axes = self.axes | SLOW
         self.axes = self.axes if compiler else self.fast
 

@@ -12,6 +12,13 @@ from megapt.prove.small import LAYERS, Shape
 from megapt.rules import check_world
 
 CHUNKS = {"interleaved": 2, "zb-v": 2}  # of schedules with several model chunks per rank
+KERNELS: dict[str, Any] = {
+    "auto": "auto",
+    "reference": "reference",
+    # What PyTorch itself has fused, on every device and in every precision; weight gradients added by their product.
+    "library": {"adamw": "library", "wgrad": "reference", "attention": "library"},
+    "cuda": dict.fromkeys(("norm", "glu", "rope", "cross_entropy", "adamw"), "cuda"),
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class Layout:
     """tp, pp, dp: ranks on each axis; chunks: 0 for as many as the schedule needs; micro: samples of a micro-batch;
     sequence: sequence parallelism (of no effect with one tensor rank); recompute: its policy; zero: backend and stage;
     stages: `even`, `uneven`, or the layers of each virtual stage as in `1/3`; optimizer: its kind; vocabulary: rows per
-    tensor rank are padded to a multiple of it."""
+    tensor rank are padded to a multiple of it; kernels: which kind of them computes, of `KERNELS`."""
 
     tp: int = 1
     pp: int = 1
@@ -34,6 +41,7 @@ class Layout:
     stages: str = "even"
     optimizer: str = ""
     vocabulary: int = 1
+    kernels: str = "auto"
 
     @property
     def world(self) -> int:
@@ -109,6 +117,7 @@ class Layout:
             "zero": {"backend": backend, "stage": int(stage), "bucket": 4096},
             "recompute": {"policy": self.recompute} | ({"budget": 1.0} if self.recompute == "budget" else {}),
             "compile": self.compile,
+            "kernels": self._kernels(shape),
             "model": shape.tree["model"] | {"layers": layers or self.layers},
             "batch": shape.tree["batch"] | {"micro": self.micro},
             "optimizer": shape.tree["optimizer"] | ({"kind": self.optimizer} if self.optimizer else {}),
@@ -119,6 +128,15 @@ class Layout:
         except UserError as error:
             raise UserError(f"layout {str(self)!r} of the small {shape.name} model: {error}") from None
         return config
+
+    def _kernels(self, shape: Shape) -> Any:
+        if self.kernels not in KERNELS:
+            raise UserError(f"layout {str(self)!r}: kernels is one of {', '.join(KERNELS)}, not {self.kernels}")
+        named = KERNELS[self.kernels]
+        model = shape.tree["model"]
+        if self.kernels == "library" and (model.get("window") or model.get("attention_softcap")):
+            return {key: kind for key, kind in named.items() if key != "attention"}  # PyTorch has none for these
+        return named
 
     def _layers_per_stage(self) -> list[int]:
         count = self.virtual_stages

@@ -21,6 +21,7 @@ from megapt.engine import Engine
 from megapt.model.table import parameter_table
 from megapt.parallel.gradients import finalize
 from megapt.parameters import Parameter, Shard
+from megapt_kernels.library import load_emulated
 
 STEPS, SAVE_AFTER = 3, 2  # steps trained; steps after which the checkpoint is written
 RESUMED = "resumed "  # begins the name of every quantity found after resuming
@@ -146,6 +147,8 @@ class Trainer:
 
     def __init__(self, config: Config, world: int) -> None:
         self.config = config
+        if "cuda" in config.kernels.model_dump().values():
+            load_emulated()
         self.engine = Engine(config, world, torch.device("cpu"))
         self.mesh, self.backend, self.parameters = self.engine.mesh, self.engine.backend, self.engine.parameters
         self.watch = GradientWatch(self.engine)

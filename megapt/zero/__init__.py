@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from megapt.config import LossScaleConfig, OptimizerConfig, ZeroConfig
+from megapt.config import KernelsConfig, LossScaleConfig, OptimizerConfig, ZeroConfig
 from megapt.mesh import ParallelMesh
 from megapt.parallel.gradients import TiedWeights
 from megapt.parallel.tensor import TensorParallel
 from megapt.parameters import Parameter
 from megapt.zero.base import ZeroBackend
+
+KERNELS = KernelsConfig()
 
 
 def make_backend(
@@ -24,15 +26,17 @@ def make_backend(
     optimizer: OptimizerConfig,
     loss_scale: LossScaleConfig | None = None,
     seed: int = 0,
+    kernels: KernelsConfig = KERNELS,
 ) -> ZeroBackend:
     """The configured backend over this rank's parameters. Collective over the world.
 
-    loss_scale: for fp16 weights; seed: of the run, for stochastic rounding.
+    loss_scale: for fp16 weights; seed: of the run, for stochastic rounding. kernels: of the native
+    backend.
     """
     if config.backend == "native":
         from megapt.zero.native import NativeBackend
 
-        return NativeBackend(parameters, mesh, tp, ties, optimizer, config, loss_scale, seed)
+        return NativeBackend(parameters, mesh, tp, ties, optimizer, config, loss_scale, seed, kernels)
     from megapt.zero.deepspeed import DeepSpeedBackend
 
     return DeepSpeedBackend(chunks, parameters, mesh, tp, ties, optimizer, config)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megapt.config import LossScaleConfig, OptimizerConfig, ZeroConfig
+from megapt.config import KernelsConfig, LossScaleConfig, OptimizerConfig, ZeroConfig
 from megapt.mesh import ParallelMesh, all_reduce
 from megapt.operations import OPERATIONS
 from megapt.parallel.gradients import TiedWeights, finalize, is_partial
 from megapt.parallel.tensor import TensorParallel
 from megapt.parameters import Parameter
+from megapt.zero.accumulate import fuses_products
 from megapt.zero.base import Fragment, StepResult, ZeroBackend, accumulation_dtype
 from megapt.zero.buckets import Bucket, make_buckets
 from megapt.zero.loss_scale import LossScale
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 class NativeBackend(ZeroBackend):
     """See ZeroBackend; `config.stage` is 0, 1, or 2 without a pipeline.
 
-    loss_scale: for fp16 weights, else None. seed: of the run, for stochastic rounding.
+    loss_scale: for fp16 weights, else None. seed: of the run, for stochastic rounding. kernels: what updates shards and
+    adds weight gradients.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class NativeBackend(ZeroBackend):
         config: ZeroConfig,
         loss_scale: LossScaleConfig | None,
         seed: int,
+        kernels: KernelsConfig,
     ) -> None:
         super().__init__(parameters, mesh, tp, ties, optimizer)
         self.stage = config.stage
@@ -64,14 +67,18 @@ class NativeBackend(ZeroBackend):
         self._completed = [p for p in self.parameters if p in late or not p.owner]
         accumulator = Sharding if shards_gradients else Overlap
         self.accumulator = accumulator(self.parameters, self.buckets)
+        if fuses_products(kernels.wgrad, self.parameters[0].dtype, mesh.device):
+            self.accumulator.product = kernels.wgrad
+            tp.weight_gradients.add = self.accumulator.add_product
         self._segments = {bucket: segments(bucket, optimizer) for bucket in self.buckets}
         matrices = [s for s in self._all_segments() if s.treatment.kind == "muon"]
-        self._adamw = {
-            b: AdamW([s for s in found if s.treatment.kind == "adamw"], optimizer)
-            for b, found in self._segments.items()
-        }
-        self._muon = Muon(self.buckets, matrices, mesh, optimizer) if optimizer.kind == "muon" else None
         self._rounding = StochasticRounding(seed) if optimizer.stochastic_rounding else None
+        self._adamw: dict[Bucket, AdamW] = {}
+        for bucket, found in self._segments.items():
+            own = [s for s in found if s.treatment.kind == "adamw"]
+            copies = [None if self._rounding is not None else self._copy(bucket, s) for s in own]
+            self._adamw[bucket] = AdamW(own, copies, optimizer, kernels.adamw)
+        self._muon = Muon(self.buckets, matrices, mesh, optimizer) if optimizer.kind == "muon" else None
         self._scaling = LossScale(loss_scale, mesh.device) if loss_scale is not None else None
         self._updates = torch.zeros((), dtype=torch.float32, device=mesh.device)
         self._needed_by: dict[nn.Module, list[Bucket]] = {}
@@ -126,7 +133,7 @@ class NativeBackend(ZeroBackend):
         skip, divisor = (~finite).float(), scale.float()
         for bucket in self._forward_order():
             self._adamw[bucket].update(lr, self._updates, divisor, skip)
-            self._publish(bucket)
+            self._publish(bucket, updated=True)
             bucket.gather()
         if self._scaling is not None:
             self._scaling.update(finite)
@@ -153,15 +160,25 @@ class NativeBackend(ZeroBackend):
         scale = ((norm + 1e-6) / clip).clamp_min(1.0) if clip > 0 else torch.ones_like(norm)
         return norm, scale * self.loss_scale
 
-    def _publish(self, bucket: Bucket) -> None:
-        """The masters of this rank's shard become weights."""
+    def _publish(self, bucket: Bucket, updated: bool = False) -> None:
+        """The masters of this rank's shard become weights. updated: AdamW has just written what it updates."""
         weights = bucket.weights[bucket.lo : bucket.lo + bucket.width]
         if self._rounding is not None:
             for piece in bucket.pieces():
                 here = slice(piece.begin, piece.end)
                 self._rounding.round(weights[here], bucket.master[here], piece.parameter, piece.start, self._updates)
-        elif weights.dtype != bucket.dtype:
-            weights.copy_(bucket.master)
+            return
+        for segment in self._segments[bucket]:
+            copy = self._copy(bucket, segment)
+            if copy is not None and not (updated and segment.treatment.kind == "adamw"):
+                copy.copy_(segment.master)
+
+    @staticmethod
+    def _copy(bucket: Bucket, segment: Segment) -> Tensor | None:
+        """The weights of a segment, where they are not its masters themselves."""
+        if bucket.weights.dtype == bucket.dtype:
+            return None
+        return bucket.weights[bucket.lo :][segment.pieces[0].begin : segment.pieces[-1].end]
 
     def _share(self) -> None:
         """Tied copies follow their owners. Without a pipeline nobody else waits for the weights."""

@@ -12,6 +12,7 @@ from megapt.config import OptimizerConfig
 from megapt.parameters import Parameter
 from megapt.zero.base import Fragment
 from megapt.zero.buckets import Bucket, Piece
+from megapt_kernels.adamw import AdamWShard, adamw_step_
 
 
 @dataclass(frozen=True)
@@ -72,34 +73,35 @@ def segments(bucket: Bucket, optimizer: OptimizerConfig) -> list[Segment]:
 
 
 class AdamW:
-    """Decoupled weight decay (arXiv 1711.05101), by torch's fused kernel; nothing waits for the device."""
+    """Decoupled weight decay (arXiv 1711.05101); nothing waits for the device.
 
-    def __init__(self, members: Sequence[Segment], optimizer: OptimizerConfig) -> None:
-        self.optimizer = optimizer
-        self._groups: dict[Treatment, list[Segment]] = {}
-        for segment in members:
-            segment.state = {name: torch.zeros_like(segment.master) for name in ("exp_avg", "exp_avg_sq")}
-            self._groups.setdefault(segment.treatment, []).append(segment)
+    weights: of each segment the 16-bit copy that its update writes, None where there is none to write. kernel: the kind
+    of implementation.
+    """
+
+    def __init__(
+        self, members: Sequence[Segment], weights: Sequence[Tensor | None], optimizer: OptimizerConfig, kernel: str
+    ) -> None:
+        self.optimizer, self.kernel = optimizer, kernel
+        self._shards = []
+        for segment, copy in zip(members, weights, strict=True):
+            first, second, how = *(torch.zeros_like(segment.master) for _ in range(2)), segment.treatment
+            segment.state = {"exp_avg": first, "exp_avg_sq": second}
+            self._shards.append(
+                AdamWShard(segment.master, segment.grad, first, second, copy, how.decay, how.factor)
+            )
 
     def update(self, lr: float, updates: Tensor, scale: Tensor, skip: Tensor) -> None:
         """One update with gradients divided by `scale`, or none if `skip` is 1. updates: how many are made with this
         one. All three are scalars on the device in fp32."""
         beta1, beta2 = self.optimizer.betas
-        for how, members in self._groups.items():
-            torch._fused_adamw_(
-                [m.master for m in members],
-                [m.grad for m in members],
-                [m.state["exp_avg"] for m in members],
-                [m.state["exp_avg_sq"] for m in members],
-                [],
-                [updates] * len(members),
-                lr=lr * how.factor,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=how.decay,
-                eps=self.optimizer.eps,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=scale,
-                found_inf=skip,
-            )
+        adamw_step_(
+            self._shards,
+            lr=lr,
+            betas=(beta1, beta2),
+            eps=self.optimizer.eps,
+            step=updates,
+            scale=scale,
+            skip=skip,
+            impl=self.kernel,
+        )

@@ -43,8 +43,7 @@ class Overlap(Accumulator):
         self._next = 0
         self._missing = {b: micro_batches * len(b.parameters) for b in self._buckets if micro_batches and not b.late}
 
-    def accumulate(self, parameter: Parameter, gradient: Tensor) -> None:
-        super().accumulate(parameter, gradient)
+    def _arrived(self, parameter: Parameter) -> None:
         bucket = self._bucket_of.get(parameter)
         if bucket is None or not self._missing:
             return
@@ -92,7 +91,7 @@ class Sharding(Accumulator):
         self._size = max((b.width * b.shards for b in self._buckets), default=0)
         self._free: list[Tensor] = []  # memory for the largest bucket each
         self._held: dict[Bucket, Tensor] = {}
-        self._arrived: dict[Bucket, set[Parameter]] = {}
+        self._present: dict[Bucket, set[Parameter]] = {}
         self._started: set[Bucket] = set()
         self._flying: deque[_Flight] = deque()
         self._turn = 0
@@ -105,20 +104,21 @@ class Sharding(Accumulator):
             bucket.release()
             self._free.append(memory)
         self._held.clear()
-        self._arrived.clear()
+        self._present.clear()
         self._started.clear()
         self._turn = 0
         self.begin()
 
-    def accumulate(self, parameter: Parameter, gradient: Tensor) -> None:
+    def _opening(self, parameter: Parameter) -> None:
+        bucket = self._bucket_of.get(parameter)
+        if bucket is not None and bucket.grads is None:
+            self._open(bucket)
+
+    def _arrived(self, parameter: Parameter) -> None:
         bucket = self._bucket_of.get(parameter)
         if bucket is None:
-            super().accumulate(parameter, gradient)
             return
-        if bucket.grads is None:
-            self._open(bucket)
-        super().accumulate(parameter, gradient)
-        self._arrived[bucket].add(parameter)
+        self._present[bucket].add(parameter)
         while self._complete(self._buckets[self._turn]):
             self._flush(self._buckets[self._turn])
             self._turn = (self._turn + 1) % len(self._buckets)
@@ -126,7 +126,7 @@ class Sharding(Accumulator):
     def end(self) -> None:
         """After the last backward: what is left on the way to the shards is sent, and awaited."""
         for bucket in self._buckets:
-            if bucket in self._arrived:
+            if bucket in self._present:
                 self._flush(bucket)
             self._fresh.difference_update(bucket.parameters)
         while self._flying:
@@ -144,7 +144,7 @@ class Sharding(Accumulator):
             bucket.reduced()
 
     def _complete(self, bucket: Bucket) -> bool:
-        return len(self._arrived.get(bucket, ())) == len(bucket.parameters)
+        return len(self._present.get(bucket, ())) == len(bucket.parameters)
 
     def _open(self, bucket: Bucket) -> None:
         while len(self._flying) >= _IN_FLIGHT:
@@ -153,7 +153,7 @@ class Sharding(Accumulator):
         bucket.hold(memory)
         self._held[bucket] = memory
         self._fresh.update(bucket.parameters)
-        self._arrived[bucket] = set()
+        self._present[bucket] = set()
 
     def _flush(self, bucket: Bucket) -> None:
         """Start adding a full bucket to its shard."""
@@ -164,7 +164,7 @@ class Sharding(Accumulator):
         work = start_reduce_scatter(part, bucket.grads, bucket.dp)
         self._flying.append(_Flight(bucket, work, part, self._held.pop(bucket)))
         bucket.release()
-        del self._arrived[bucket]
+        del self._present[bucket]
 
     def _land(self) -> None:
         flight = self._flying.popleft()

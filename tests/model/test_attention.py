@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapt.batch import Documents
 from megapt.config import ModelConfig
-from megapt.model import blockwise
 from megapt.model.attention import attention
-from megapt.model.blockwise import Scores
 from megapt.model.positions import Rotary, at_positions, rotary_table
+from megapt_kernels import blockwise
+from megapt_kernels.blockwise import Scores
 from tests.model.accuracy import assert_accurate, random
 from tests.model.test_positions import plain as turned
 
@@ -196,40 +196,3 @@ def test_the_kernel_never_forms_the_matrix_of_scores() -> None:
     names = {event.key for event in profile.key_averages()}
     assert any("flash_attention_for_cpu_backward" in name for name in names)
     assert not any("softmax" in name or "bmm" in name for name in names)
-
-
-@pytest.mark.parametrize("dtype, asked", [(torch.float32, False), (torch.bfloat16, True)])
-def test_grouped_heads_keep_to_kernels_without_the_matrix_of_scores(
-    dtype: torch.dtype, asked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Off the CPU: in fp32 no such kernel takes fewer key/value heads, and torch would form the matrix unasked."""
-    seen = []
-
-    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        seen.append((options["enable_gqa"], k.shape[1], v.shape[1]))
-        return q
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    out = attention(torch.empty(2 * 8, (4 + 2 * 2) * 16, dtype=dtype, device="meta"), 2, 4, 2, None)
-    assert seen == [(asked, *([2, 2] if asked else [4, 4]))] and out.shape == (2 * 8, 4 * 16)
-
-
-def test_off_the_cpu_a_window_in_16_bits_is_the_flash_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window of w tokens is the token itself and w - 1 before it."""
-    import torch.nn.attention.varlen as varlen
-
-    seen: dict[str, Any] = {}
-
-    def watched(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, **options: Any) -> Tensor:
-        seen.update(options, lengths=bounds[2:], documents=bounds[0].shape[0] - 1)
-        return q
-
-    monkeypatch.setattr(varlen, "varlen_attn", watched)
-    scores = Scores(window=5, scale=0.5)
-    qkv = torch.empty(2 * 8, (4 + 2 * 2) * 16, dtype=torch.bfloat16, device="meta")
-    assert attention(qkv, 2, 4, 2, None, scores).shape == (2 * 8, 4 * 16)
-    assert (seen["window_size"], seen["scale"], seen["lengths"], seen["documents"]) == ((4, 0), 0.5, (8, 8), 2)
-    # Other kernels know neither windows in fp32 nor caps.
-    for dtype, other in ((torch.float32, scores), (torch.bfloat16, Scores(softcap=1.0))):
-        seen.clear()
-        assert attention(qkv.to(dtype), 2, 4, 2, None, other).shape == (2 * 8, 4 * 16) and not seen

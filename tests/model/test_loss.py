@@ -14,6 +14,7 @@ from megapt.model.table import parameter_table
 from megapt.parallel import loss as module
 from megapt.parallel.loss import LossSettings, VocabularyHead
 from megapt.parallel.tensor import ParameterFactory, TensorParallel
+from megapt_kernels import cross_entropy
 from tests.model.accuracy import assert_accurate, random
 
 TOKENS, HIDDEN, VOCABULARY = 50, 24, 67
@@ -28,7 +29,8 @@ def labels_of(ignored: float = 0.2) -> Tensor:
 
 
 def fused(h: Tensor, rows: Tensor, labels: Tensor, length: int, settings: LossSettings = PLAIN) -> Tensor:
-    return module._LinearCrossEntropy.apply(h, rows, labels, ALONE, 0, length, settings, torch.is_grad_enabled())
+    training = torch.is_grad_enabled()
+    return module._LinearCrossEntropy.apply(h, rows, labels, ALONE, 0, length, settings, training, "auto")
 
 
 def own(h: Tensor, weight: Tensor, labels: Tensor, settings: LossSettings = PLAIN) -> Tensor:
@@ -58,7 +60,7 @@ def test_loss_is_as_accurate_as_plain_operations(
     scale: float, blocks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if blocks == "many":
-        monkeypatch.setattr(module, "_BLOCK_ELEMENTS", (16 * (VOCABULARY + 5),) * 2)
+        monkeypatch.setattr(cross_entropy, "_BLOCK_ELEMENTS", (16 * (VOCABULARY + 5),) * 2)
     labels = labels_of()
     inputs = [random(TOKENS, HIDDEN, seed=1, scale=scale), random(VOCABULARY, HIDDEN, seed=2)]
     upstream = torch.tensor(0.5, dtype=torch.float64)
@@ -79,7 +81,7 @@ def test_soft_cap_and_z_loss_are_those_of_plain_operations(
 ) -> None:
     """The value is the cross entropy alone, the gradients include the z-loss."""
     if blocks == "many":
-        monkeypatch.setattr(module, "_BLOCK_ELEMENTS", (16 * (VOCABULARY + 5),) * 2)
+        monkeypatch.setattr(cross_entropy, "_BLOCK_ELEMENTS", (16 * (VOCABULARY + 5),) * 2)
     settings, labels = LossSettings(softcap, z_loss), labels_of()
     h, weight = random(TOKENS, HIDDEN, seed=1), random(VOCABULARY, HIDDEN, seed=2)
     for dtype, close in ((torch.float64, 1e-13), (torch.float32, 1e-6)):

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megapt.mesh import Axis
-from megapt.model import blocks, compiled, norms
+from megapt.model import compiled, norms
 from megapt.parallel.tensor import TensorParallel
+from megapt_kernels import blocks
+from megapt_kernels.norms import rms_norm
 from tests.model.accuracy import assert_accurate, random
 
 # Some rows, one row, two columns.
@@ -17,7 +19,7 @@ SHAPES = [(700, 384), (1, 64), (33, 2)]
 
 
 def own(x: Tensor, weight: Tensor) -> Tensor:
-    return norms._OwnRMSNorm.apply(x, weight, 1e-5)
+    return rms_norm(x, weight, 1e-5, impl="reference")
 
 
 def plain(x: Tensor, weight: Tensor) -> Tensor:
@@ -63,14 +65,13 @@ def test_an_offset_is_added_before_anything_is_rounded() -> None:
     x, weight = random(65, 96, seed=1), random(96, seed=2, scale=0.01)
     upstream = random(65, 96, seed=3)
     assert_accurate(
-        lambda x, w: norms._OwnRMSNorm.apply(x, w, 1e-5, 1.0),
+        lambda x, w: rms_norm(x, w, 1e-5, offset=1.0, impl="reference"),
         lambda x, w: compiled.rms_norm(x, w, 1e-5, 1.0),
         [x, weight],
         upstream,
     )
-    assert torch.autograd.gradcheck(
-        lambda x, w: norms._OwnRMSNorm.apply(x, w, 1e-5, 1.0), (x[:5].requires_grad_(), weight.requires_grad_())
-    )
+    few = x[:5].requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5, offset=1.0, impl="reference"), few)
 
 
 @pytest.mark.parametrize("whole", [False, True])

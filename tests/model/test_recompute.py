@@ -109,6 +109,10 @@ class _Counted(nn.Module):
         self.calls[0] += 1
         return self.inner(*args)
 
+    def of_sum(self, *args: Any) -> tuple[Tensor, Tensor]:
+        self.calls[0] += 1
+        return self.inner.of_sum(*args)
+
 
 @pytest.mark.parametrize("policy,expected", [("none", 2), ("selective", 4), ("full", 4)])
 def test_norms_run_again_once_per_backward(policy: str, expected: int) -> None:

@@ -59,7 +59,8 @@ def test_peaks_and_collectives_are_those_of_a_real_step(index: int, measured: An
     for rank, dry in enumerate(dry_run(config, 2, [0, 1])):
         real, collectives = measured[rank][index]
         assert dry.peak == pytest.approx(real.allocated, rel=0.1)
-        assert dry.peak == pytest.approx(real.tensors, rel=0.02)
+        # A transfer that ends late holds its tensors longer than the dry run's, which end at once.
+        assert dry.peak == pytest.approx(real.tensors, rel=0.04)
         assert Counter(dry.collectives) == Counter(collectives)
 
 

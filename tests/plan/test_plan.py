@@ -20,6 +20,7 @@ from megapt.model.recompute import Policy
 from megapt.model.table import parameter_table
 from megapt.parallel.pipeline.check import check
 from megapt.parallel.pipeline.schedules import schedule
+from megapt.parameters import Parameter
 from megapt.plan.flops import model_flops_per_token
 from megapt.plan.memory import (
     Activations,
@@ -141,18 +142,10 @@ def test_what_waits_for_weight_gradients_is_what_the_queue_holds(model: dict) ->
         engine.chunks[0](None, MicroBatch(tokens, tokens)).backward()
     held: dict[int, Tensor] = {}
     for gradient in queue:
-        held |= {t.untyped_storage().data_ptr(): t for t in gradient.start.args if isinstance(t, Tensor)}  # type: ignore[attr-defined]
+        tensors = [t for t in gradient.start.args if isinstance(t, Tensor) and not isinstance(t, Parameter)]  # type: ignore[attr-defined]
+        held |= {t.untyped_storage().data_ptr(): t for t in tensors}
     measured = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
     assert config.model.layers * deferred_activations(config) == pytest.approx(measured, rel=0.02)
-
-
-def test_turned_queries_and_keys_live_beside_the_projection_on_a_gpu() -> None:
-    config = from_tree(tree(LLAMA, precision="fp32")).config
-    tokens, width = config.batch.micro * SEQUENCE, config.model.head_width
-    extra = layer_activations(config, cpu=False) - layer_activations(config, cpu=True)
-    assert extra == tokens * (4 + 2) * width * 4
-    learned = from_tree(tree(GPT2)).config
-    assert layer_activations(learned, cpu=False) == layer_activations(learned, cpu=True)
 
 
 def test_ranks_that_share_key_heads_keep_a_whole_one() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from megapt.config import Config, ModelConfig
 from megapt.mesh import ParallelMesh
 from megapt.model.decoder import DecoderChunk
+from megapt.model.kernels import Kernels
 from megapt.model.recompute import Policy
 from megapt.model.table import parameter_table
 from megapt.parallel.loss import LossSettings
@@ -98,7 +99,7 @@ def build_chunks(
         first, last = stage == 0, stage == where.virtual_stages - 1
         recompute = policies[chunk] if policies is not None else None
         chunks.append(
-            DecoderChunk(config.model, factory, layers[stage], first, last, settings, recompute, config.compile)
+            DecoderChunk(config.model, factory, layers[stage], first, last, settings, recompute, Kernels.of(config))
         )
     order = {name: index for index, name in enumerate(table)}
     return chunks, sorted(factory.made.values(), key=lambda p: order[p.spec.name])

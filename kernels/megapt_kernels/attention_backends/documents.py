@@ -1,0 +1,63 @@
+"""Where documents lie among the B x S tokens of a call, in the forms that kernels want."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+def documents_of(lengths: tuple[int, ...] | None, rows: int, length: int) -> tuple[int, ...]:
+    """The lengths of the documents that hold tokens; without documents, each row is one."""
+    if lengths is None:
+        return (length,) * rows if length else ()
+    return tuple(n for n in lengths if n)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring documents of equal length: `count` x `length` tokens from number `start` on."""
+
+    start: int
+    count: int
+    length: int
+
+    def of(self, t: Tensor) -> Tensor:
+        """Its tokens of t [T, heads, width] as a view [count, heads, length, width]."""
+        tokens = t[self.start : self.start + self.count * self.length]
+        return tokens.unflatten(0, (self.count, self.length)).transpose(1, 2)
+
+
+def runs(lengths: tuple[int, ...]) -> Iterator[Run]:
+    """Documents as few batches."""
+    start = 0
+    for length, same in groupby(lengths):
+        count = len(list(same))
+        yield Run(start, count, length)
+        start += count * length
+
+
+# For the layers of a model and the micro-batches of a pipeline that are under way together.
+_CALLS = 64
+
+
+@lru_cache(maxsize=_CALLS)
+@torch.inference_mode(False)  # what an evaluation made first must serve a backward pass as well
+def cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [documents + 1]: where documents begin, and the end of the last one."""
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=_CALLS)
+@torch.inference_mode(False)  # what an evaluation made first must serve a backward pass as well
+def starts_and_ends(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """int32 [T] each: for every token, the first token of its document, and the one after its last."""
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    ends = sizes.cumsum(0)
+    pair = torch.stack([ends - sizes, ends]).to(torch.int32).repeat_interleave(sizes, dim=1)
+    starts, ends = pair.to(device, non_blocking=True).unbind(0)
+    return starts, ends
