@@ -93,17 +93,16 @@ struct Cut {
     }
 };
 
-// Calls f(pack, its number) for each of a row's packs; a thread has several reads under way before it needs the first.
-template <int threads, class T, class F>
+// Calls f(pack, its number) for each of a row's packs; a thread has `batch` reads under way before it needs the first.
+template <int threads, int batch, class T, class F>
 __device__ __forceinline__ void each_pack(const Pack<T>* packs, int count, F&& f) {
-    constexpr int kBatch = 4;
     int p = threadIdx.x;
-    for (; p + (kBatch - 1) * threads < count; p += kBatch * threads) {
-        Pack<T> batch[kBatch];
+    for (; p + (batch - 1) * threads < count; p += batch * threads) {
+        Pack<T> read[batch];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) batch[b] = packs[p + b * threads];
+        for (int b = 0; b < batch; ++b) read[b] = packs[p + b * threads];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) f(batch[b], p + b * threads);
+        for (int b = 0; b < batch; ++b) f(read[b], p + b * threads);
     }
     for (; p < count; p += threads) {
         Pack<T> pack = packs[p];
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(threads)
         online.template add<T>(x);
     };
     const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(row + cut.head);
-    each_pack<threads>(packs, cut.packs, [&](const Pack<T>& pack, int) {
+    each_pack<threads, 4>(packs, cut.packs, [&](const Pack<T>& pack, int) {
         float x[Pack<T>::size];
 #pragma unroll
         for (int i = 0; i < Pack<T>::size; ++i)
@@ -221,7 +220,7 @@ __global__ void __launch_bounds__(threads)
         if (capped) g *= c.bend;
         return from_float<T>(i < length ? g : 0.f);
     };
-    each_pack<threads>(packs, cut.packs, [&](Pack<T>& pack, int p) {
+    each_pack<threads, capped ? 2 : 4>(packs, cut.packs, [&](Pack<T>& pack, int p) {
         const int first = cut.head + p * Pack<T>::size;
 #pragma unroll
         for (int i = 0; i < Pack<T>::size; ++i) pack.v[i] = gradient(pack.v[i], first + i);

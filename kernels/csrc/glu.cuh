@@ -30,11 +30,16 @@ __device__ __forceinline__ float activated(float g, float& slope) {
         slope = p + g * (0.398942280f * expf(-0.5f * g * g));
         return g * p;
     } else {
-        // 0.5 (1 + tanh(u)) is the logistic function of 2u.
-        constexpr float k = activation == kGeluTanh ? 1.595769122f : 1.f, cubic = activation == kGeluTanh ? 0.044715f : 0.f;
-        const float e = expf(-k * (g + cubic * g * g * g)), p = __fdividef(1.f, 1.f + e), y = __fdividef(g, 1.f + e);
+        // y = g / (1 + exp(-u)): 0.5 (1 + tanh(u / 2)) is the logistic function of u.
+        float u = g, u_slope = 1.f;
+        if constexpr (activation == kGeluTanh) {
+            constexpr float k = 1.595769122f, cubic = 0.044715f;  // sqrt(8 / pi)
+            u = k * (g + cubic * g * g * g);
+            u_slope = k * (1.f + 3.f * cubic * g * g);
+        }
+        const float e = expf(-u), p = __fdividef(1.f, 1.f + e), y = __fdividef(g, 1.f + e);
         const float rest = e < 1.f ? e * p : 1.f - p;  // 1 - p, with all its digits
-        slope = p + y * rest * (k * (1.f + 3.f * cubic * g * g));
+        slope = p + y * rest * u_slope;
         return y;
     }
 }

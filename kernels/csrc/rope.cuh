@@ -55,7 +55,10 @@ __device__ __forceinline__ void rope_turn(const T* x, T* out, const RopeArgument
 
 __device__ __forceinline__ int rope_row(const RopeArguments& a, int64_t token) {
     if (a.position_bytes == 4) return static_cast<const int*>(a.positions)[token];
-    if (a.position_bytes == 0) return static_cast<int>(token % a.rows);
+    if (a.position_bytes == 0) {  // 64-bit divisions take several times as long
+        return static_cast<int>(a.tokens <= UINT32_MAX ? static_cast<unsigned>(token) % static_cast<unsigned>(a.rows)
+                                                       : token % a.rows);
+    }
     const int64_t row = static_cast<const int64_t*>(a.positions)[token];
     return row >= 0 && row < a.rows ? static_cast<int>(row) : -1;
 }

@@ -8,7 +8,7 @@ using namespace megapt;
 
 void turn(const Operator& op, const Tensor& x, const Tensor& out, const Tensor& cos, const Tensor& sin,
           const std::optional<Tensor>& positions, int64_t heads, bool back) {
-    op.check(x.dim() == 3 && (x.size(2) == 1 || x.stride(2) == 1), "x must be [T, N, D] with unit stride in D");
+    op.check(x.dim() == 3 && (x.numel() == 0 || x.stride(2) == 1), "x must be [T, N, D] with unit stride in D");
     op.check(cos.dim() == 2 && 2 * cos.size(1) <= x.size(2) && cos.size(0) > 0, "cos must be [S, R / 2] with R <= D");
     op.check_shape(sin, "sin", {cos.size(0), cos.size(1)});
     for (const auto& [name, t] : {std::pair("cos", &cos), std::pair("sin", &sin)}) {

@@ -64,12 +64,14 @@ struct Context {
     void* stack_pointer = nullptr;
 };
 
-inline void switch_context(Context& from, Context& to) { megapt_emulator_switch(&from.stack_pointer, to.stack_pointer); }
+inline void switch_context(Context& from, Context& to) {
+    megapt_emulator_switch(&from.stack_pointer, to.stack_pointer);
+}
 
 inline void start_context(Context& context, char*, char* top, void (*entry)()) {
     void** frame = reinterpret_cast<void**>(top);
-    *--frame = nullptr;                           // where a return address of entry would stand: keeps it 16-byte aligned
-    *--frame = reinterpret_cast<void*>(entry);    // popped by the switch's ret
+    *--frame = nullptr;                         // stands for entry's return address: the ABI's alignment
+    *--frame = reinterpret_cast<void*>(entry);  // popped by the switch's ret
     for (int saved = 0; saved < 6; ++saved) *--frame = nullptr;
     context.stack_pointer = frame;
 }

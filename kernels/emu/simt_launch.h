@@ -183,7 +183,7 @@ extern "C" {
 __attribute__((used, visibility("default"))) inline void megapt_emulator_order(int kind, uint64_t seed) {
     megapt::emulator::State& s = megapt::emulator::state();
     std::lock_guard<std::mutex> lock(s.running);
-    s.order = kind == 1 ? megapt::emulator::kReversed : kind == 2 ? megapt::emulator::kShuffled : megapt::emulator::kForward;
+    s.order = static_cast<megapt::emulator::Order>(kind == 1 || kind == 2 ? kind : 0);
     s.seed = seed;
 }
 

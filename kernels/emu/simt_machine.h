@@ -187,6 +187,14 @@ inline bool Machine::run_block(void (*kernel)(void*), void* arguments, Triple si
         code_ = kMemoryAllocation, error_ = "no memory for the block's shared memory";
         return false;
     }
+    if (free_.empty()) {  // the first block: from now on at least one stack is free between blocks
+        Fiber* first = take_fiber();
+        if (!first) {
+            code_ = kMemoryAllocation, error_ = "no memory for a stack";
+            return false;
+        }
+        free_.push_back(first);
+    }
     prepare(size);
     races::begin_block(block_index.x, block_index.y, block_index.z, shared_.fixed_range(), shared_.dynamic_range());
     go(home_, next());
@@ -346,7 +354,8 @@ inline bool Machine::complete(Warp& warp, int lane) {
     if (named & ~warp.waiting) return false;
     for (uint32_t left = named; left; left &= left - 1) {
         const Thread& other = lanes[__builtin_ctz(left)];
-        if (other.mask != one.mask || strcmp(other.waits_at, one.waits_at)) return false;
+        if (other.mask != one.mask) return false;
+        if (other.waits_at != one.waits_at && strcmp(other.waits_at, one.waits_at)) return false;
     }
     warp.combine[lane](lanes, named);
     if (!strcmp(one.waits_at, "__syncwarp")) races::warp_barrier(static_cast<int>(&warp - warps_), named);
@@ -390,7 +399,8 @@ inline void Machine::fail_stuck() {
     fail(kLaunchFailure,
          std::string(warp_operation ? "deadlock, a warp operation whose mask names lanes that do not come: "
                                     : "deadlock: ") +
-             places + (shown > 4 ? "; and elsewhere" : "") + text("; %d of %d threads have returned", returned, count_));
+             places + (shown > 4 ? "; and elsewhere" : "") +
+             text("; %d of %d threads have returned", returned, count_));
 }
 
 inline void Machine::fail(int code, const std::string& what) {

@@ -81,7 +81,8 @@ bool ordered(const Detector& d, const Access& before) {
 
 const char* name(Kind kind) { return kind == kRead ? "reads" : kind == kWrite ? "writes" : "does an atomic on"; }
 
-[[gnu::noinline]] void report(Detector& d, const Access& before, Kind kind, uintptr_t address, size_t size, uint32_t code) {
+[[gnu::noinline]] void report(Detector& d, const Access& before, Kind kind, uintptr_t address, size_t size,
+                              uint32_t code) {
     d.on = false;
     const Index t = d.indices[before.thread], b = d.blocks[before.block];
     char text[512], who[96] = "";
@@ -91,7 +92,8 @@ const char* name(Kind kind) { return kind == kRead ? "reads" : kind == kWrite ? 
         snprintf(who, sizeof who, "a thread of block (%u,%u,%u)", b.x, b.y, b.z);
     snprintf(text, sizeof text,
              "race: it %s %zu bytes at 0x%zx (code +0x%x) which %s also accesses (it %s them, code +0x%x), and nothing "
-             "orders the two", name(kind), size, static_cast<size_t>(address), code, who, name(before.kind), before.code);
+             "orders the two",
+             name(kind), size, static_cast<size_t>(address), code, who, name(before.kind), before.code);
     d.fail(text);
 }
 
@@ -159,7 +161,8 @@ void begin_launch(void (*fail)(const char*)) {
     d.fail = fail, d.fences = 0;
     d.released.clear(), d.blocks.clear();
     Dl_info info;
-    d.base = dladdr(reinterpret_cast<const void*>(&begin_launch), &info) ? static_cast<const char*>(info.dli_fbase) : nullptr;
+    const bool found = dladdr(reinterpret_cast<const void*>(&begin_launch), &info);
+    d.base = found ? static_cast<const char*>(info.dli_fbase) : nullptr;
 }
 
 void begin_block(unsigned x, unsigned y, unsigned z, Range fixed, Range dynamic) {
@@ -249,5 +252,7 @@ MEGAPT_HOOK __tsan_func_entry(void*) {}
 MEGAPT_HOOK __tsan_func_exit() {}
 MEGAPT_HOOK __tsan_init() {}
 // Of the guards of function-local statics.
-__attribute__((visibility("hidden"))) char __tsan_atomic8_load(const volatile char* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+__attribute__((visibility("hidden"))) char __tsan_atomic8_load(const volatile char* p, int) {
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
 }

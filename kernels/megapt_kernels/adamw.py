@@ -204,6 +204,10 @@ def _publish(shards: Sequence[AdamWShard], skip: Tensor) -> None:
             shard.weights.copy_(torch.where(skip == 1, shard.weights, shard.master.to(shard.weights.dtype)))
 
 
+def _torch_supports(shards: Sequence[AdamWShard], **options: Any) -> str | None:
+    return "torch.compile does not take torch's fused AdamW" if torch.compiler.is_compiling() else None
+
+
 def _torch_step(
     shards: Sequence[AdamWShard],
     *,
@@ -367,7 +371,7 @@ _step = Operation(
     (
         Implementation("cuda", "cuda", _cuda_supports, _cuda_step),
         Implementation("library", "apex", _apex_supports, _apex_step),
-        Implementation("library", "torch", _takes_all, _torch_step),
+        Implementation("library", "torch", _torch_supports, _torch_step),
         Implementation("reference", "reference", _takes_all, _reference_step),
     ),
 )

@@ -24,11 +24,16 @@ from megapt_kernels.attention_backends import (
     triton_flash,
 )
 from megapt_kernels.attention_backends.case import Case, Supports, case_of
+from megapt_kernels.attention_backends.documents import remembered
 from megapt_kernels.registry import Explanation, Implementation, Operation, Unsupported
+from megapt_kernels.tracing import constant
 
 _log = logging.getLogger("megapt_kernels")
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+_TOKENS = (1 << 31) - (1 << 16)  # in 32 bits, with room for the rest of a block
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = CAUSAL) -> Non
             if width
             else "attention: q has heads of width 0"
         )
+    if batch * length > _TOKENS:
+        raise Unsupported(f"attention: q has B x S = {batch} x {length} tokens; kernels count at most {_TOKENS}")
     _check_spec(spec, batch, length)
 
 
@@ -106,15 +113,19 @@ def _check_spec(spec: AttentionSpec, batch: int, length: int) -> None:
         raise Unsupported(f"attention: spec.softcap is positive, not {spec.softcap}")
     if spec.scale is not None and not math.isfinite(spec.scale):
         raise Unsupported(f"attention: spec.scale is finite, not {spec.scale}")
-    if spec.lengths is None:
-        return
-    total = sum(spec.lengths)
+    if spec.lengths is not None:
+        _check_lengths(spec.lengths, batch, length)
+
+
+@remembered
+def _check_lengths(lengths: tuple[int, ...], batch: int, length: int) -> None:
+    total = sum(lengths)
     if total != batch * length:
         raise Unsupported(
             f"attention: spec.lengths sums to {total} tokens; q has B x S = {batch} x {length} = {batch * length}"
         )
     end = 0
-    for number, size in enumerate(spec.lengths):
+    for number, size in enumerate(lengths):
         if size < 0:
             raise Unsupported(f"attention: spec.lengths has a document of {size} tokens")
         if size and end // length != (end + size - 1) // length:
@@ -153,6 +164,8 @@ _OTHER_GPU: _Table = (
     ("flash-attn 2", "torch flash", "torch cudnn", "triton", "torch efficient"),
     ("flash-attn 2", "torch varlen", "triton", "torch flex", "torch efficient"),
 )
+# In fp32 our kernel multiplies without tensor cores.
+_WIDE: _Table = (("torch efficient", "triton"), ("triton", "torch efficient"))
 _CPU: _Table = (("torch", "blockwise"), ("torch", "blockwise"))
 
 
@@ -160,8 +173,10 @@ def order(case: Case) -> tuple[str, ...]:
     """The names of all back ends, the preferred ones for this case first; the reference is last on a GPU."""
     if case.machine.device != "cuda":
         table = _CPU
-    else:
+    elif case.half:
         table = {9: _HOPPER, 10: _BLACKWELL}.get(case.machine.capability[0], _OTHER_GPU)
+    else:
+        table = _WIDE
     first = table[case.varied or case.windowed]
     return *first, *(name for name in _BACK_ENDS if name not in first)
 
@@ -191,7 +206,7 @@ OPERATIONS: dict[str, Operation] = {"attention": _OPERATION}
 _announced: set[tuple[str, ...]] = set()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _announce(name: str, device: str, dtype: str, causal: bool, windowed: bool, softcap: bool, varied: bool) -> None:
     """Log once which back end computes a kind of call on a device."""
     kind = (name, device, dtype, *map(str, (causal, windowed, softcap, varied)))

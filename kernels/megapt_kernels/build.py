@@ -39,7 +39,7 @@ ONLY = "MEGAPT_KERNELS_ONLY"
 _PACKAGE = Path(__file__).parent
 # A wheel carries the sources inside the package.
 ROOT = _PACKAGE if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent
-_CXX = ("-std=c++17", "-fPIC", "-Wall")
+_CXX = ("-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
 # Everything but our C functions stays private, the CUDA runtime's symbols among it: torch has a runtime of its own. The
 # emulator names kernels in its messages by what is exported.
 _EXPORTS = {"cuda": "{ global: megapt_*; local: *; };\n", "emulated": "{ global: megapt_*; _ZN6megapt*; local: *; };\n"}
@@ -195,7 +195,12 @@ def _sources() -> list[Path]:
         found = [path for path in found if path.stem.removesuffix("_ops") in chosen | {"library"}]
     if not found:
         raise BuildError(f"no sources in {folder}: megapt_kernels is not installed whole")
-    return sorted(found, key=lambda path: (path.suffix != ".cu", -path.stat().st_size, path.name))
+    return sorted(found, key=lambda path: (path.suffix != ".cu", -_size(path), path.name))
+
+
+def _size(source: Path) -> int:
+    kernels = source.with_suffix(".cuh")
+    return source.stat().st_size + (kernels.stat().st_size if kernels.is_file() else 0)
 
 
 def _contents(kind: str, sources: Sequence[Path]) -> Iterator[str]:
@@ -229,7 +234,8 @@ def _units(kind: str, architectures: Sequence[str], tools: Tools, description: s
     codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures]
     plain = [a for a in architectures if a.isdigit()]
     codes += [f"arch=compute_{a},code=compute_{a}" for a in plain[:1]]
-    threads = max(1, jobs // len(sources))
+    # Architectures of a file at once where cores abound: the longest file is then not what all wait for.
+    threads = max(1, min(len(codes), jobs // 2))
     units: list[_Unit] = []
     flags: tuple[str, ...]
     places: tuple[str, ...]

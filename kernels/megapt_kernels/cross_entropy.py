@@ -132,14 +132,21 @@ def linear_cross_entropy_with_gradients(
     h's dtype: this rank's part, still to be summed over ranks; dw [V_local, H] in fp32). No gradients unless training.
     """
     start, length = _columns(weight.shape[0], None, start, length)
-    rules = Rules(start, length, ignore_index, softcap, z_loss)
     keywords = dict(start=start, length=length, ignore_index=ignore_index, softcap=softcap, z_loss=z_loss)
     softmax_type: _Softmax = _SOFTMAX.choose(h, weight, labels, impl=impl, **keywords).run  # type: ignore[assignment]
+    rules = Rules(start, length, ignore_index, softcap, z_loss)
+    return _with_gradients(softmax_type, rules, h, weight, labels, all_gather, ranks, training)
+
+
+def _with_gradients(
+    softmax_type: _Softmax, rules: Rules, h: Tensor, weight: Tensor, labels: Tensor, all_gather: AllGather | None,
+    ranks: int, training: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     wide = torch.promote_types(h.dtype, torch.float32)
     dh = torch.empty_like(h) if training else None
     dw: Tensor | None = None
     total = torch.zeros((), dtype=wide, device=h.device)
-    block = block_tokens(len(h), len(weight), h.device.type == "cuda")
+    block = block_tokens(len(h), len(weight), h.device.type != "cpu")
     buffer = h.new_empty(block, len(weight))
     softmax = softmax_type(rules, buffer, training, consume=True)
     for at in range(0, len(h), block):
@@ -200,7 +207,7 @@ class _VocabParallelCrossEntropy(Function):
 def _block(logits: Tensor, softmax_type: _Softmax) -> int:
     """Tokens at a time: with memory to work in, as many as a block has."""
     tokens, columns = logits.shape
-    return block_tokens(tokens, columns, logits.device.type == "cuda") if softmax_type.needs_stats else max(1, tokens)
+    return block_tokens(tokens, columns, logits.device.type != "cpu") if softmax_type.needs_stats else max(1, tokens)
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
@@ -220,12 +227,11 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
 class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, target: Tensor, group: Any, training: bool, keywords: dict[str, Any]
-    ) -> Tensor:
+        ctx: Any, h: Tensor, weight: Tensor, target: Tensor, group: Any, softmax_type: _Softmax, rules: Rules,
+        training: bool,
+    ) -> Tensor:  # fmt: skip
         ranks, all_gather = gather_of(group)
-        total, dh, dw = linear_cross_entropy_with_gradients(
-            h, weight, target, all_gather=all_gather, ranks=ranks, training=training, **keywords
-        )
+        total, dh, dw = _with_gradients(softmax_type, rules, h, weight, target, all_gather, ranks, training)
         if dh is not None and dw is not None:
             if ranks > 1:
                 torch.distributed.all_reduce(dh, group=group)
@@ -237,8 +243,14 @@ class _LinearCrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dh, dw = ctx.saved_tensors
-        # The slope, often one over a number of tokens, must not be rounded to 16 bits: it would bias every gradient.
-        return (dh.to(dw.dtype) * slope).to(dh.dtype), (dw * slope).to(ctx.dtype), None, None, None, None
+        return *scaled_gradients(dh, dw, slope, ctx.dtype), None, None, None, None, None
+
+
+def scaled_gradients(dh: Tensor, dw: Tensor, slope: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dh and dw times the loss' slope (a scalar in dw's dtype): dh in its own dtype, dw in the weight's, each rounded
+    once, without a copy of dw in fp32."""
+    # The slope, often one over a number of tokens, must not be rounded to 16 bits: it would bias every gradient.
+    return (dh.to(dw.dtype) * slope).to(dh.dtype), torch.mul(dw, slope, out=torch.empty_like(dw, dtype=dtype))
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -306,11 +318,11 @@ def _by_blocks(softmax_type: _Softmax) -> Callable[..., Tensor]:
     return run
 
 
-def _linear(impl: str) -> Callable[..., Tensor]:
+def _linear(softmax_type: _Softmax) -> Callable[..., Tensor]:
     def run(h: Tensor, weight: Tensor, target: Tensor, group: Any = None, **keywords: Any) -> Tensor:
         # Asked here, since inside of the function gradients are always off.
         training = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-        return _LinearCrossEntropy.apply(h, weight, target, group, training, keywords | {"impl": impl})
+        return _LinearCrossEntropy.apply(h, weight, target, group, softmax_type, Rules(**keywords), training)
 
     return run
 
@@ -400,8 +412,8 @@ OPERATIONS = {
         "linear_cross_entropy",
         _check_linear,
         (
-            Implementation("cuda", "cuda", _kernel_takes_linear, _linear("cuda")),
-            Implementation("reference", "reference", _always, _linear("reference")),
+            Implementation("cuda", "cuda", _kernel_takes_linear, _linear(CudaSoftmax)),
+            Implementation("reference", "reference", _always, _linear(PlainSoftmax)),
             Implementation("library", "liger", _liger_takes_linear, _liger_linear),
         ),
     ),

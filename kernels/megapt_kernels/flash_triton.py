@@ -58,7 +58,7 @@ def _keys_of(
     STARTS, ENDS, first, tokens, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The keys that the queries from `first` on meet: all lie in [low, high); every query sees those in [from, to)."""
+    """The keys that the queries from `first` on meet: all in [low, high); every query sees those in [from, to)."""
     last = tl.minimum(first + QUERIES, tokens) - 1
     low = tl.load(STARTS + first)
     clear_from = tl.load(STARTS + last)
@@ -80,7 +80,7 @@ def _queries_of(
     STARTS, ENDS, first, tokens, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The queries that the keys from `first` on meet: all lie in [low, high); every key is seen by those in [from, to)."""
+    """The queries that the keys from `first` on meet: all in [low, high); those in [from, to) see every key."""
     last = tl.minimum(first + KEYS, tokens) - 1
     high = tl.load(ENDS + last)
     clear_to = tl.load(ENDS + first)
@@ -214,7 +214,7 @@ def _keys_step(
     MASKED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradients of a block of keys and values what the queries from m on give; matrices are [keys, queries]."""
+    """Add to the gradients of a block of keys and values what the queries from m on give; p, ds [keys, queries]."""
     row = m + tl.arange(0, QUERIES)
     query = _tile(Q, m, q_token, tokens, QUERIES, WIDTH, PADDED)
     product = tl.dot(key, tl.trans(query), input_precision=PRECISION)
@@ -277,7 +277,7 @@ def _queries_step(
     MASKED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradient of a block of queries what the keys from n on give; matrices are [queries, keys]."""
+    """Add to the gradient of a block of queries what the keys from n on give; p, ds [queries, keys]."""
     key = _tile(K, n, k_token, tokens, KEYS, WIDTH, PADDED)
     product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     scores, bent = _scores(product, inner, outer, SOFTCAP)

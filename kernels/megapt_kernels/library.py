@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from megapt_kernels import build
+from megapt_kernels.tracing import constant
 
 LIBRARY = "MEGAPT_KERNELS_LIBRARY"
 _HOW = "run `megapt kernels build`"
@@ -133,7 +134,7 @@ def missing(device: torch.device) -> str | None:
 
 
 # Traced functions ask too: the answer is a constant of the process.
-@torch.compiler.assume_constant_result
+@constant
 def _missing(device: str, index: int | None) -> str | None:
     key = (device, index)
     if key not in _reasons:

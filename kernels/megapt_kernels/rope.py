@@ -184,12 +184,12 @@ class _CudaInPlace(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         cos, sin, positions = ctx.saved_tensors
-        return _turned_back(grad, cos, sin, positions, ctx.heads), None, None, None, None
+        dx = torch.ops.megapt_kernels.rope(_with_unit_stride(grad), cos, sin, positions, ctx.heads, True)
+        return dx, None, None, None, None
 
 
-def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int) -> Tensor:
-    grad = grad if grad.stride(2) == 1 else grad.contiguous()
-    return torch.ops.megapt_kernels.rope(grad, cos, sin, positions, heads, True)
+def _with_unit_stride(grad: Tensor) -> Tensor:
+    return grad if grad.stride(2) == 1 else grad.contiguous()
 
 
 def _register() -> None:
@@ -207,8 +207,7 @@ def _register() -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         cos, sin, positions = ctx.saved_tensors
-        grad = grad if grad.stride(2) == 1 else grad.contiguous()
-        dx = torch.ops.megapt_kernels.rope(grad, cos, sin, positions, ctx.heads, not ctx.back)
+        dx = torch.ops.megapt_kernels.rope(_with_unit_stride(grad), cos, sin, positions, ctx.heads, not ctx.back)
         return dx, None, None, None, None, None
 
     torch.library.register_autograd("megapt_kernels::rope", backward, setup_context=save)

@@ -7,8 +7,9 @@ together.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from megapt.config import Config
 from megapt.engine import Engine
 from megapt.model.table import parameter_table
 from megapt.parallel.gradients import finalize
+from megapt.parallel.weight_gradients import AddProduct
 from megapt.parameters import Parameter, Shard
 from megapt_kernels.library import load_emulated
 
@@ -108,6 +110,15 @@ class GradientWatch:
         self._sums: dict[Parameter, Tensor] = {}
         for p in engine.parameters:
             p.register_hook(lambda gradient, p=p: self._add(p, gradient))
+        weights = engine.tp.weight_gradients
+        if weights.add is not None:
+            weights.add = partial(self._product, weights.add)
+
+    def _product(self, add: AddProduct, weights: Sequence[Parameter], dy: Tensor, x: Tensor) -> None:
+        """Gradients that autograd never sees."""
+        for weight, gradient in zip(weights, (dy.t() @ x).split([len(w) for w in weights]), strict=True):
+            self._add(weight, gradient)
+        add(weights, dy, x)
 
     def _add(self, parameter: Parameter, gradient: Tensor | None) -> None:
         if gradient is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megapt.prove.cases import Case, Matrix
-from megapt.prove.job import Prover
+from megapt.prove.job import Prover, has_compiler
 from megapt.prove.layout import Layout
 from megapt.prove.small import built_in
 
@@ -14,13 +14,19 @@ FP32 = (
     "tp=2,pp=2,schedule=zb-h1,recompute=full,zero=native-1;pp=2,schedule=zb-v,zero=deepspeed-1;"
     "dp=2,recompute=selective,zero=native-2,optimizer=muon;tp=2,zero=deepspeed-3"
 )
+# Our CUDA sources, under the emulator.
+CUDA = "tp=2,recompute=selective,kernels=cuda;pp=2,schedule=zb-h1,kernels=cuda;dp=2,zero=native-2,kernels=cuda"
 
 
 def cases(precision: str) -> list[Case]:
     if precision == "fp64":
         return Matrix(built_in(), 8, precision).quick()
-    layouts = Layout.parse_list(FP32)
-    return [Case(shape, layout) for shape in built_in() for layout in (layouts[:1] if shape.brief else layouts)]
+    layouts, cuda = Layout.parse_list(FP32), Layout.parse_list(CUDA) if has_compiler() else []
+    return [
+        Case(shape, layout)
+        for shape in built_in()
+        for layout in ([*layouts[:1], *cuda[:1]] if shape.brief else [*layouts, *cuda])
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from megapt_kernels.adamw import AdamWShard, adamw_step_, squared_norm
 from megapt_kernels.registry import Unsupported
-from torch import Tensor
 
 from .guarded import guarded, sparse
 from .planted import ORDERS, Emulated, planted
@@ -256,19 +257,23 @@ def test_operators_are_well_formed(device: str) -> None:
         ops.squared_norm([s.weights])
 
 
-def test_compiles_whole(device: str) -> None:
-    def clipped(grads: list[Tensor]) -> Tensor:
-        return squared_norm(grads, impl="cuda").sqrt()
+@pytest.mark.parametrize("impl", ["cuda", "reference"])
+def test_compiles_whole(device: str, impl: str) -> None:
+    def update(mine: list[AdamWShard], numbers: dict[str, Tensor]) -> Tensor:
+        adamw_step_(mine, lr=1e-2, betas=BETAS, eps=EPS, impl=impl, **numbers)
+        return squared_norm([s.master for s in mine], impl=impl)
 
-    grads = [torch.arange(5.0, device=device), torch.ones(3, device=device)]
-    compiled = torch.compile(clipped, fullgraph=True, backend="aot_eager")
-    assert compiled(grads).item() == pytest.approx(33**0.5)
+    results = []
+    for function in (update, torch.compile(update, fullgraph=True, backend="aot_eager")):
+        mine = [shard(5, device, torch.bfloat16), shard(3, device, torch.bfloat16, weight_decay=0.1)]
+        results.append([function(mine, scalars(device)), *(t for s in mine for t in (s.master, s.exp_avg, s.weights))])
+    torch.testing.assert_close(*results)
 
 
 # ---- planted bugs
 
 
-def broken_norm(library: Emulated, x: Tensor) -> bool:
+def wrong_sum(library: Emulated, x: Tensor) -> bool:
     """Whether any order of threads gives another sum, or an error."""
     wrong = False
     for order in ORDERS:
@@ -292,23 +297,25 @@ def stepped(library: Emulated, s: AdamWShard) -> None:
 
 
 def test_planted_bugs_are_found(tmp_path: Path, device: str) -> None:
-    """Chunks are begun beyond 2^32 elements, so that few of them are run; then with what a 32-bit index, a missing
-    barrier and a tail that is one too short would do."""
+    """Updates that begin beyond 2^32 elements, so that few are run: well, and with a 32-bit index. Sums of squares:
+    without a barrier, and with a tail that is one too short."""
     late = "adamw.cuh", "chunk = blockIdx.x; chunk <", "chunk = blockIdx.x + (int64_t{1} << 32) / kAdamWChunk; chunk <"
-    narrow = "adamw.cuh", "begin = (chunk - shard.first_chunk) * kAdamWChunk", (
-        "begin = static_cast<unsigned>((chunk - shard.first_chunk) * kAdamWChunk)"
+    narrow = (
+        "adamw.cuh",
+        "begin = (chunk - shard.first_chunk) * kAdamWChunk",
+        ("begin = static_cast<unsigned>((chunk - shard.first_chunk) * kAdamWChunk)"),
     )
     barrier = "adamw.cuh", "= x;\n    __syncthreads();\n    double", "= x;\n    double"
-    tail = "adamw.cuh", "for (int i = whole + threadIdx.x; i < count;", "for (int i = whole + threadIdx.x; i < count - 1;"
-    whole, racing, short = (planted(tmp_path / n, "adamw", late, *bug) for n, bug in
-                            (("whole", []), ("racing", [barrier, narrow]), ("short", [tail])))  # fmt: skip
+    tail = "adamw.cuh", "int i = whole + threadIdx.x; i < count;", "int i = whole + threadIdx.x; i < count - 1;"
+    wide_and_short = planted(tmp_path / "short", "adamw", late, tail)
+    narrow_and_racing = planted(tmp_path / "racing", "adamw", late, narrow, barrier)
 
     x = torch.randn(40_001, generator=torch.Generator().manual_seed(1))
-    assert not broken_norm(whole, x)
-    assert broken_norm(racing, x) and broken_norm(short, x)
+    assert not wrong_sum(wide_and_short, x[:40_000]) and wrong_sum(wide_and_short, x)
+    assert wrong_sum(narrow_and_racing, x[:40_000])
 
     size = (1 << 32) + 4101
-    for library, reached in ((whole, True), (racing, False)):
+    for library, reached in ((wide_and_short, True), (narrow_and_racing, False)):
         s = AdamWShard(*(sparse(size, torch.float32) for _ in range(4)))
         s.grad[-4101:] = 1.0
         stepped(library, s)

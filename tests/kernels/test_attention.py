@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from megapt_kernels.attention import OPERATIONS, AttentionSpec, attention, order
 from megapt_kernels.attention_backends import case as cases
 from megapt_kernels.attention_backends import flash_attn, torch_flex, torch_sdpa, torch_varlen
@@ -17,8 +20,6 @@ from megapt_kernels.attention_backends.case import Case, Library, Machine
 from megapt_kernels.attention_backends.documents import cu_seqlens, starts_and_ends
 from megapt_kernels.attention_backends.known_wrong import KNOWN_WRONG, known_wrong
 from megapt_kernels.registry import Unsupported, explain
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 CASES = {
     "one token": ((1, 1, 2, 1, 8), AttentionSpec()),
@@ -39,7 +40,7 @@ CASES = {
 
 def plain(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Attention as one writes it down, in the dtype of its arguments, with the matrix of all scores."""
-    (batch, length, heads, width), group = q.shape, q.shape[2] // k.shape[2]
+    (batch, length, _, width), group = q.shape, q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
     s = (q @ k.mT) * (width**-0.5 if spec.scale is None else spec.scale)
     if spec.softcap is not None:
@@ -161,7 +162,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mixed dtypes": ({"k": torch.zeros(2, 4, 2, 8, dtype=torch.float16)}, "attention: k is torch.float16, but q is"),
     "device": ({"v": torch.zeros(2, 4, 2, 8, device="meta")}, "attention: v is on meta, but q is on cpu"),
     "values": ({"v": torch.zeros(2, 4, 1, 8)}, "attention: k is .* but v is"),
-    "length": ({"k": torch.zeros(2, 5, 2, 8), "v": torch.zeros(2, 5, 2, 8)}, "attention: k is .* only heads may differ"),
+    "length": ({"k": torch.zeros(2, 5, 2, 8), "v": torch.zeros(2, 5, 2, 8)}, "k is .* only heads may differ"),
     "heads": ({"k": torch.zeros(2, 4, 3, 8), "v": torch.zeros(2, 4, 3, 8)}, "q has 4 heads.* k's 3"),
     "window": ({"spec": AttentionSpec(window=0)}, "spec.window .* at least 1, not 0"),
     "window ahead": ({"spec": AttentionSpec(window=2, causal=False)}, "spec.causal must be True"),
@@ -245,7 +246,9 @@ TABLE: list[tuple[Machine, AttentionSpec, dict[str, Any], str]] = [
     (HOPPER, CAPPED, {"width": 512}, "blockwise"),
     (HOPPER, replace(DENSE, deterministic=True), {}, "flash-attn 2"),
     (HOPPER, replace(DENSE, deterministic=True), {"grad": False}, "flash-attn 3"),
-    (HOPPER, DENSE, {"dtype": torch.float32}, "triton"),
+    (HOPPER, DENSE, {"dtype": torch.float32}, "torch efficient"),
+    (HOPPER, DOCUMENTS, {"dtype": torch.float32}, "triton"),
+    (HOPPER, replace(DENSE, deterministic=True), {"dtype": torch.float32}, "triton"),
     (HOPPER, DENSE, {"dtype": torch.float64}, "blockwise"),
     (HOPPER_TORCH, DENSE, {}, "torch cudnn"),
     (HOPPER_TORCH, DENSE, {"length": 4096 + 64}, "torch flash"),
@@ -277,7 +280,7 @@ TABLE: list[tuple[Machine, AttentionSpec, dict[str, Any], str]] = [
     (AMPERE, DENSE, {}, "flash-attn 2"),
     (AMPERE, CAPPED, {}, "flash-attn 2"),
     (replace(AMPERE, flash_attn_2=Library((2, 5, 9))), DENSE, {}, "torch flash"),
-    (AMPERE, DENSE, {"dtype": torch.float32}, "triton"),
+    (AMPERE, DENSE, {"dtype": torch.float32, "width": 66}, "triton"),
     (ADA_TORCH, DENSE, {}, "torch flash"),
     (ADA_TORCH, DENSE, {"width": 256}, "triton"),
     (ADA_TORCH, DENSE, {"width": 256, "grad": False}, "torch flash"),
@@ -296,6 +299,12 @@ def test_choices(
     assert all(reason for _, reason in explanation.rejected)
     told = {rejected for rejected, _ in explanation.rejected} | set(explanation.later) | {name}
     assert told == {i.name for i in OPERATIONS["attention"].implementations}
+
+
+def test_tokens_are_counted_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unsupported, match="q has B x S = 65536 x 32768 tokens"):
+        chosen(HOPPER, monkeypatch, DENSE, batch=1 << 16, length=1 << 15)
+    assert chosen(HOPPER, monkeypatch, DENSE, batch=(1 << 16) - 2, length=1 << 15).chosen is not None
 
 
 def test_torch_set_to_be_deterministic_counts(monkeypatch: pytest.MonkeyPatch) -> None:

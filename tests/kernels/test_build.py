@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,7 @@ def test_a_cache_that_cannot_be_written(
 # Builds the sources of argv[1] in a process of its own; a second argument is a g++ to use.
 BUILDER = """
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from megapt_kernels import build
 build.ROOT = Path(sys.argv[1])
@@ -301,3 +303,33 @@ def test_the_library_needs_no_newer_torch_and_no_cuda_beside_it(cuda_library: Pa
     assert torch_symbols and all(s.startswith(("aoti_torch_", "torch_")) for s in torch_symbols), torch_symbols
     assert not {s for s in undefined if s.startswith(("cuda", "cu", "__cuda"))}
     assert "megapt_kernels_description" in defined and all(s.startswith("megapt_") for s in defined)
+
+
+def test_commands(
+    sources: Path, gxx: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megapt import cli
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["megapt", "kernels", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    out = tmp_path / "out"
+    status, told, _ = run("build", "--emulated", "--out", str(out), "--jobs", "1")
+    path = out / build.LIBRARIES["emulated"]
+    assert (status, told.strip()) == (0, str(path)) and path.is_file()
+    row = build.Resources("scale", "scale_kernel<float>", "90a", 40, 0, 0, 0, 128)
+    path.with_suffix(".json").write_text(json.dumps([asdict(row)]))
+    status, told, _ = run("resources", str(path))
+    assert status == 0 and "| scale | `scale_kernel<float>` | 40 | 128 | 0 | 0 |" in told
+    status, _, error = run("resources")
+    assert status == 2 and "megapt kernels build" in error
+    status, _, error = run("build", "--arch", "sm_90")
+    assert status == 2 and "not 'sm_90'" in error
+    status, told, _ = run("explain", "swiglu", "--device", "cpu", "--impl", "reference")
+    assert status == 0 and told.startswith("swiglu: reference\n")
+    status, _, error = run("explain", "swishglu")
+    assert status == 2 and "there is no operation 'swishglu'" in error

@@ -9,12 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megapt.prove.ranks import run_ranks
 from megapt_kernels import cross_entropy, library, linear_cross_entropy, vocab_parallel_cross_entropy
 from megapt_kernels.cross_entropy import block_tokens, linear_cross_entropy_with_gradients
+from megapt_kernels.memory import Peak, needs
 from megapt_kernels.registry import Unsupported
 
 IMPLS = ["reference", "cuda"]
@@ -132,20 +131,6 @@ def test_compiles_as_one_graph_with_its_backward(device: str, impl: str, monkeyp
     torch.testing.assert_close(gradients(h, weight, compiled), gradients(h, weight, run), rtol=0, atol=0)
 
 
-class Largest(TorchDispatchMode):
-    """The size in elements of the largest tensor that any operator gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.elements = max([self.elements, *made])
-        return out
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_logits_never_exist_as_a_whole(device: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, hidden, columns, block = 512, 8, 640, 32
@@ -154,9 +139,39 @@ def test_logits_never_exist_as_a_whole(device: str, impl: str, monkeypatch: pyte
     ids = torch.arange(tokens, device=device)
     for dtype in (torch.bfloat16, torch.float32):
         given = h.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        with Largest() as largest:
+        with Peak(*given, ids) as peak:
             linear_cross_entropy(*given, ids, softcap=30.0, impl=impl).backward()
-        assert largest.elements == block * columns  # as large as a block, and 1/16 of the logits
+        wide = impl == "reference"  # it works in fp32
+        assert peak.largest == block * columns * (4 if wide else dtype.itemsize)  # 1/16 of the logits
+        assert peak.peak < tokens * columns * dtype.itemsize / 2
+
+
+def test_memory_is_counted_while_it_lives(device: str) -> None:
+    x = torch.zeros(1000)
+    with Peak(x) as peak:
+        y = x + 1
+        del y
+        y = (x * 2).view(10, 100)
+        z = y.add_(1)[0]
+    assert (peak.peak, peak.largest, peak.live) == (4000, 4000, 4000)
+    del y, z
+    assert peak.live == 0
+
+
+def test_needs_at_a_real_size(device: str) -> None:
+    tokens, hidden, columns = 8192, 4096, 128256
+    of = {need.name: need for need in needs(tokens, hidden, columns)}
+    logits, gradients = 2 * tokens * columns, 2 * (tokens + columns) * hidden
+    assert {need.left for need in of.values()} == {gradients}
+    assert of["F.linear, F.cross_entropy"].peak >= 3 * logits
+    for impl in IMPLS:  # the logits, in their place their gradient, and those of h and of the weight
+        assert of[f"vocab_parallel_cross_entropy, {impl}"].peak < logits + gradients + (1 << 20)
+    block = 2 * block_tokens(tokens, columns, gpu=True) * columns
+    longer = {need.name: need for need in needs(4 * tokens, hidden, columns)}
+    for impl, blocks in (("reference", 3), ("cuda", 1)):  # beside dw in fp32; more tokens take what h takes
+        need = of[f"linear_cross_entropy, {impl}"]
+        assert need.peak < 4 * columns * hidden + max(blocks * block, gradients) + 8 * tokens * hidden
+        assert longer[need.name].peak - need.peak < 2 * 4 * 3 * tokens * hidden
 
 
 def test_blocks_are_whole_tiles_on_a_gpu_and_never_empty() -> None:

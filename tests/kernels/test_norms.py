@@ -23,7 +23,7 @@ OPS = ("rms_norm", "layer_norm")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rows for every way that a row is cut up, and more of them than groups of threads that stay: several rounds.
 SHAPES = ((0, 64), (1, 1), (40, 7), (300, 64), (33, 127), (20, 129), (35, 1000), (9, 2056))
-WIDE = ((9, 4104), (5, 8192), (5, 16384), (5, 20000))
+WIDE = ((5, 4104), (5, 8192), (5, 16384), (2, 20000))
 
 
 def within(got: Tensor, plain: Tensor, exact: Tensor, factor: float) -> None:
@@ -172,8 +172,9 @@ def test_rows_anywhere_in_memory(op: str, device: str) -> None:
     y, s = function(leading, *weights, residual=leading, impl="cuda")
     assert y.shape == s.shape == leading.shape and torch.equal(s, leading + leading)
     turned = leading.transpose(0, 2)
-    assert "stride" in str(explain(op, turned, *(w[:2] for w in weights)))
-    torch.testing.assert_close(function(turned, *(w[:2] for w in weights)).mean(), turned.new_zeros(()), atol=2, rtol=0)
+    assert "stride" in str(explain(op, turned, *(w[:2] for w in weights), impl="cuda"))
+    pairs = function(turned, *(w[:2] for w in weights))  # by another implementation
+    torch.testing.assert_close(pairs, function(turned.contiguous(), *(w[:2] for w in weights), impl="cuda"))
 
 
 def test_more_elements_than_32_bits_count(device: str) -> None:
@@ -320,23 +321,21 @@ def test_wrong_arguments_are_named() -> None:
 
 def test_what_each_implementation_says(device: str) -> None:
     x, w = torch.zeros(2, 8, device=device), torch.zeros(8, device=device)
-    assert explain("rms_norm", x, w).chosen is OPERATIONS["rms_norm"].implementations[0]
+    ours, *others = OPERATIONS["rms_norm"].implementations
+    assert explain("rms_norm", x, w, impl="cuda").chosen is ours
     for arguments, words in (
         ((x.double(), w.double()), "x must be bfloat16, float16 or float32, not torch.float64"),
         ((x, w.double()), "weight must be float32 or float32, not torch.float64"),
         ((x[:, ::2], w[:4]), "x has a stride of 2 between the elements of a row, not 1"),
         ((x[None].expand(3, 2, 8)[:, :, :4], w[:4]), "x has rows at several distances"),
     ):
-        rejected = dict(explain("rms_norm", *arguments).rejected)
-        assert words in rejected["megapt cuda"]
+        assert words in dict(explain("rms_norm", *arguments, impl="cuda").rejected)[ours.name]
         with pytest.raises(Unsupported, match="no implementation for impl='cuda'"):
             rms_norm(*arguments, impl="cuda")
-    tall = torch.empty(1 << 31, 1, device="meta")
-    supports = OPERATIONS["rms_norm"].implementations[0].supports
-    assert "meta" in str(supports(tall, tall[0]))
+    tall = sparse(1 << 31, torch.float32).unsqueeze(1).to(device) if device == "cpu" else x.expand(1 << 30, 2, 8)
+    assert "fewer than 2^31 rows" in str(ours.supports(tall, tall[0].contiguous()))
     if device == "cpu":
-        for name, reason in explain("rms_norm", x, w, impl="reference").rejected:
-            assert reason == "reference was asked for", name
+        assert [i.name for i in others] == ["quack", "liger", "apex", "torch", "reference"]
         with pytest.raises(Unsupported, match="liger: it runs on cuda, not on cpu.*torch: it is fused on cuda"):
             rms_norm(x, w, impl="library")
 

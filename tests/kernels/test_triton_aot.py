@@ -16,6 +16,8 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
 
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
 # Bytes of shared memory that a block may take, and of tensor memory columns.
 SHARED = {(8, 0): 163 << 10, (8, 6): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 COLUMNS = 512
@@ -41,9 +43,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def compiled(kernel: str, width: int, capability: tuple[int, int], folder: Path, **switches: bool) -> Cost:
     """What a bf16 kernel costs, called for aligned tensors of any size."""
-    from megapt_kernels import flash_triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from megapt_kernels import flash_triton
 
     functions = {
         "forward": flash_triton._forward,

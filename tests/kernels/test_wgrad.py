@@ -87,17 +87,21 @@ def test_apex_is_found_by_its_module_and_called_in_its_order(monkeypatch: pytest
     main_grad, dy, x = operands(6, 4, 3, torch.bfloat16)
     wgrad._apex(main_grad, dy, x, fresh=True)
     assert calls[0][0] is x and calls[0][1] is dy and calls[0][2] is main_grad and not main_grad.any()
-    meta = [torch.empty_like(t, device="meta") for t in (main_grad, dy, x)]
+    main_grad, dy, x = (torch.empty_like(t, device="meta") for t in (main_grad, dy, x))
+    assert wgrad._apex_supports(main_grad, dy, x) is None
     for reason, arguments in (
-        ("runs on CUDA devices, not on meta", meta),
-        ("dy and x must be contiguous", [meta[0], meta[1].t().contiguous().t(), meta[2]]),
+        ("runs on CUDA devices, not on cpu", operands(6, 4, 3, torch.bfloat16) if DEVICE == "cpu" else None),
+        ("dy and x must be contiguous", (main_grad, dy.t().contiguous().t(), x)),
+        ("takes operands of 16 bits, not torch.float32", (main_grad, dy.float(), x.float())),
+        ("main_grad must be contiguous, not strided (1, 4)", (main_grad.t().contiguous().t(), dy, x)),
     ):
-        assert wgrad._apex_supports(*arguments) == reason
+        assert arguments is None or wgrad._apex_supports(*arguments) == reason
 
 
 def test_torch_is_asked_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
     main_grad, dy, x = (torch.empty_like(t, device="meta") for t in operands(6, 4, 3, torch.bfloat16))
-    assert wgrad._torch_supports(main_grad, dy, x) == "runs on CUDA devices, not on meta"
+    assert wgrad._torch_supports(main_grad, dy, x) is None
+    assert wgrad_accumulate_(main_grad, dy, x, impl="torch").shape == (4, 3)
     monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
     assert "need torch 2.11, this is 2.10.1+cu128" in str(wgrad._torch_supports(main_grad, dy, x))
 

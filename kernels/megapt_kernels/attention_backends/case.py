@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megapt_kernels.attention_backends.documents import documents_of
+from megapt_kernels.attention_backends.documents import documents_of, longest_of, remembered
+from megapt_kernels.tracing import constant
 
 if TYPE_CHECKING:
     from megapt_kernels.attention import AttentionSpec
@@ -92,13 +93,13 @@ Supports = Callable[[Case], str | None]
 def case_of(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Case:
     """The case of a call whose arguments have been checked."""
     lengths = documents_of(spec.lengths, q.shape[0], q.shape[1])
-    longest = max(lengths, default=0)
+    longest, varied = longest_of(lengths)
     return Case(
         machine=machine(q.device),
         dtype=q.dtype,
         count=len(lengths),
         length=longest,
-        varied=any(length != longest for length in lengths),
+        varied=varied,
         heads=q.shape[2],
         kv_heads=k.shape[2],
         width=q.shape[3],
@@ -114,7 +115,7 @@ def case_of(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Case:
 _machines: dict[torch.device, Machine] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant
 def machine(device: torch.device) -> Machine:
     """What is known of a device; at its first use, installed libraries are imported where they could run."""
     if device not in _machines:
@@ -159,6 +160,8 @@ def _library(distribution: str, module: str, function: str | None) -> Library:
     return Library(version, None, options)
 
 
+@torch.compiler.assume_constant_result
+@remembered
 def flash_attn_3_module() -> str:
     """Where FlashAttention-3 keeps its functions: inside of a package in newer builds."""
     inside = "flash_attn_3.flash_attn_interface"

@@ -5,7 +5,7 @@ Windows count the tokens before a query: (-1, -1) for all in versions 2 and 3, (
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -62,20 +62,39 @@ def _supports(case: Case, library: Library, most: int) -> str | None:
     return library.problem or half_only(case) or width_limits(case, most)
 
 
+# Imports are written out, since torch.compile follows import statements alone.
 def run_2(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    from flash_attn.flash_attn_interface import (  # type: ignore[import-not-found]
+        flash_attn_func,
+        flash_attn_varlen_func,
+    )
+
     options = _options(spec, -1) | {"deterministic": spec.deterministic}
-    return _run("flash_attn.flash_attn_interface", q, k, v, spec, options, True)
+    return _run(flash_attn_func, flash_attn_varlen_func, q, k, v, spec, options, True)
 
 
 def run_3(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    return _run(flash_attn_3_module(), q, k, v, spec, _options(spec, -1), True)
+    if flash_attn_3_module() == "flash_attn_interface":
+        from flash_attn_interface import (  # type: ignore[import-not-found]
+            flash_attn_func,
+            flash_attn_varlen_func,
+        )
+    else:
+        from flash_attn_3.flash_attn_interface import (  # type: ignore[import-not-found]
+            flash_attn_func,
+            flash_attn_varlen_func,
+        )
+
+    return _run(flash_attn_func, flash_attn_varlen_func, q, k, v, spec, _options(spec, -1), True)
 
 
 def run_4(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
+
     known, options = machine(q.device).flash_attn_4.options, _options(spec, None)
     if spec.deterministic and "deterministic" in known:
         options["deterministic"] = True
-    return _run("flash_attn.cute", q, k, v, spec, options, "max_seqlen_q" in known)
+    return _run(flash_attn_func, flash_attn_varlen_func, q, k, v, spec, options, "max_seqlen_q" in known)
 
 
 def _options(spec: AttentionSpec, everything: int | None) -> dict[str, Any]:
@@ -90,20 +109,26 @@ def _options(spec: AttentionSpec, everything: int | None) -> dict[str, Any]:
 
 
 def _run(
-    module: str, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, options: dict[str, Any], longest: bool
+    rows: Callable[..., Any],
+    documents: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    options: dict[str, Any],
+    longest: bool,
 ) -> Tensor:
-    """longest: the function for documents wants to know how long the longest one is."""
-    library = importlib.import_module(module)
+    """By the library's function for rows or by that for documents; longest: the latter wants to know how long the
+    longest one is."""
     lengths = documents_of(spec.lengths, q.shape[0], q.shape[1])
     if len(set(lengths)) == 1:
-        documents = (t.flatten(0, 1).unflatten(0, (len(lengths), lengths[0])) for t in (q, k, v))
-        y = library.flash_attn_func(*documents, **options)
+        y = rows(*(t.flatten(0, 1).unflatten(0, (len(lengths), lengths[0])) for t in (q, k, v)), **options)
     else:
         bounds = cu_seqlens(lengths, q.device)
         options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
         if longest:
             options |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
-        y = library.flash_attn_varlen_func(*(t.flatten(0, 1) for t in (q, k, v)), **options)
+        y = documents(*(t.flatten(0, 1) for t in (q, k, v)), **options)
     # Some releases return the logs of the softmax's denominators beside.
     result: Tensor = y[0] if isinstance(y, tuple) else y
     return result.reshape(q.shape)

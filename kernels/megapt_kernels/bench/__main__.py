@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add("--pass", dest="passes", default="fwd,bwd,fwd+bwd", help="default: %(default)s")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--seconds", type=_seconds, default=0.3, help="time to measure one row; default: %(default)s")
-    add("--budget", type=_seconds, help="seconds for all rows of one case; later rows are skipped and say so")
+    add("--budget", type=_seconds, help="seconds in all; each case has its share of the rest, and skips later rows")
     add("--out", type=Path, metavar="FILE", help="append rows there as JSON lines")
     add("--append", action="store_true", help="the file of --out may exist")
     add("--compare", type=Path, metavar="OLD", help="exit with 1 if a row is slower than in that file of rows")
@@ -88,9 +88,9 @@ def _run(given: argparse.Namespace) -> int:
     run = Run(device, dtype, settings, writer, console.print)
     run.start()
     lost = False
-    for case in todo:
+    for number, case in enumerate(todo):
         try:
-            rows = run.measure(case)
+            rows = run.measure(case, len(todo) - number)
         except DeviceLost as error:
             console.print(f"stopped: {error}; what follows was not measured", markup=False, style="red")
             lost = True

@@ -101,7 +101,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     columns = 3
     lines = -(-len(fields) // columns)
     bars = max(len(f) for f in fields.values())
-    figure, axes = plt.subplots(lines, columns, figsize=(15, lines * (0.9 + 0.26 * bars)), squeeze=False)
+    height = 0.5 + lines * (0.9 + 0.26 * bars)
+    figure, axes = plt.subplots(lines, columns, figsize=(15, height), squeeze=False)
     for axis in axes.flat[len(fields) :]:
         axis.set_visible(False)
     for axis, ((op, case, which), here) in zip(axes.flat, fields.items(), strict=False):
@@ -115,8 +116,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set_title(f"{op}{' (' + case + ')' if case else ''} {which}", fontsize=9)
     about = timed[0]
     where = f"{about['name']}, {about['dtype']}, {about['preset']}, {mode}"
-    figure.suptitle(f"% of the limit by bytes or matrix products: {where}")
-    figure.tight_layout()
+    figure.suptitle(f"% of the limit by bytes or matrix products: {where}", y=1 - 0.15 / height, va="top")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / height))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     plt.close(figure)

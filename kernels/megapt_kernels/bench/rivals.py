@@ -36,7 +36,7 @@ class Rival:
 
 
 def rivals_of(case: Case, free: int | None) -> list[Rival]:
-    """All of them. free: bytes of memory that plain PyTorch may take; None for as much as it likes."""
+    """All of them, what is to be fast first. free: bytes of memory that plain PyTorch may take; None for no bound."""
     found = list(_registered(case))
     taken = " ".join(rival.name.lower() for rival in found)
     found += [rival for rival in _others(case) if rival.name.split()[0].lower() not in taken]
@@ -51,8 +51,9 @@ def rivals_of(case: Case, free: int | None) -> list[Rival]:
         torch.compiler.reset()  # or many cases in one process count as one function that keeps changing
         return torch.compile(case.plain, fullgraph=True, dynamic=False)
 
-    compiler = Rival("torch.compile", "compile", lambda inputs: compiled()(inputs), room)
-    return [*found, Rival("torch eager", "eager", case.plain, room), compiler]
+    found.append(Rival("torch.compile", "compile", lambda inputs: compiled()(inputs), room))
+    found.append(Rival("torch eager", "eager", case.plain, room))
+    return sorted(found, key=lambda rival: rival.kind == "reference")
 
 
 def _registered(case: Case) -> Iterator[Rival]:

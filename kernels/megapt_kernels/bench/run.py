@@ -27,8 +27,8 @@ class DeviceLost(RuntimeError):
 
 @dataclass
 class Settings:
-    """impls: lower-case names and kinds, or "all". seconds: to time one row. budget: seconds for all rows of a case,
-    warm-up, compilation and exact results included; None for as long as it takes."""
+    """impls: lower-case names and kinds, or "all". seconds: to time one row. budget: seconds for all cases together,
+    warm-up, compilation and exact results included; None for as long as they take."""
 
     impls: tuple[str, ...] = ("all",)
     passes: tuple[str, ...] = ("fwd", "bwd", "fwd+bwd")
@@ -49,9 +49,11 @@ class Run:
     say: Callable[[str], None]
     failed: bool = field(default=False, init=False)
     _judge: Judge | None = field(default=None, init=False)
+    _end: float = field(default=float("inf"), init=False)  # of all cases
+    _case_end: float = field(default=float("inf"), init=False)
 
     def start(self) -> None:
-        """The ceilings and their rows."""
+        """The ceilings and their rows; from here on the budget counts."""
         self._about = environment(self.device) | {"preset": self.settings.preset, "dtype": DTYPE_NAMES[self.dtype]}
         self._clock: Clock = clock_of(self.device)
         self._about["timing"] = self._clock.kind
@@ -68,40 +70,53 @@ class Run:
             self.writer.write(row)
         self.say(f"{self._about['name']}: copy {top.copy_rate / 1e9:,.0f} GB/s, {self._about['dtype']} matrix product "
                  f"{top.gemm_rate / 1e12:,.2f} TFLOP/s")  # fmt: skip
+        if self.settings.budget is not None:
+            self._end = time.perf_counter() + self.settings.budget
 
-    def measure(self, case: Case) -> list[Row]:
-        """All rows of one case."""
-        begin = len(self.writer.rows)
-        end = time.perf_counter() + (self.settings.budget or 1e9)
+    def measure(self, case: Case, left: int = 1) -> list[Row]:
+        """All rows of one case. left: cases until the end, this one among them, which share the rest of the budget."""
+        begin, now = len(self.writer.rows), time.perf_counter()
+        self._share = (self._end - now) / left
+        self._case_end = now + self._share
         passes = [p for p in self.settings.passes if p in case.passes]
-        if not passes:
-            why = f"is measured as {', '.join(case.passes)} only"
-            self._row(case, None, None, None, "skipped", f"{case.title} {why}")
-            return self.writer.rows[begin:]
-        with self._clock.here():
-            self._measure(case, passes, end)
+        if passes:
+            with self._clock.here():
+                self._measure(case, passes)
+        else:
+            reason = f"{case.title} is measured as {', '.join(case.passes)} only"
+            self._row(case, None, None, None, "skipped", reason)
         return self.writer.rows[begin:]
 
-    def _measure(self, case: Case, passes: list[str], end: float) -> None:
+    def _measure(self, case: Case, passes: list[str]) -> None:
         self._judge = None
 
         def make() -> Inputs:
+            # New for every implementation: what one writes into its inputs is nothing to the next.
             return case.make(torch.Generator(self.device).manual_seed(self.settings.seed), self.device)
 
-        # The registry's order is of preference: where the time for a case is short, ours are timed before others.
-        for rival in self._asked(case):
-            self._one(case, rival, make, passes, end)
+        found = [(rival, self._first(case, rival, make, passes)) for rival in self._asked(case)]
         self._judge = None
+        for mode in self._clock.modes[1:]:
+            for rival, right in found:
+                if right is not None:
+                    self._all_passes(case, rival, make(), passes, mode, *right)
 
-    def _one(self, case: Case, rival: Rival, make: Callable[[], Inputs], passes: list[str], end: float) -> None:
-        # Inputs of its own: what one implementation writes into them is nothing to the next.
+    def _first(
+        self, case: Case, rival: Rival, make: Callable[[], Inputs], passes: list[str]
+    ) -> tuple[dict[str, Errors | None], Row] | None:
+        """What an implementation computes, and its times in the first mode."""
         inputs = make()
-        if (found := self._examine(case, rival, inputs, make, end)) is None:
-            return
-        errors, extra = found
+        right = self._examine(case, rival, inputs, make)
+        if right is not None:
+            self._all_passes(case, rival, inputs, passes, self._clock.modes[0], *right)
+        return right
+
+    def _all_passes(
+        self, case: Case, rival: Rival, inputs: Inputs, passes: list[str], mode: str,
+        errors: dict[str, Errors | None], extra: Row,
+    ) -> None:  # fmt: skip
         for which in passes:
-            for mode in self._clock.modes:
-                self._time(case, rival, inputs, which, mode, errors[which], extra, end)
+            self._time(case, rival, inputs, which, mode, errors[which], extra)
 
     def _asked(self, case: Case) -> Iterator[Rival]:
         self._memory = self._free()
@@ -113,12 +128,12 @@ class Run:
                 self._row(case, rival, None, None, "skipped", reason)
 
     def _examine(
-        self, case: Case, rival: Rival, inputs: Inputs, make: Callable[[], Inputs], end: float
+        self, case: Case, rival: Rival, inputs: Inputs, make: Callable[[], Inputs]
     ) -> tuple[dict[str, Errors | None], Row] | None:
         """Errors by pass and further columns of an implementation that runs; one that does not gets its row."""
         try:
             reason = rival.reason(inputs)
-            if reason is None and time.perf_counter() > end:
+            if reason is None and time.perf_counter() > self._case_end:
                 reason = self._over()
             if reason is None:
                 self._judge = self._judge or Judge(case, make, self._memory)
@@ -132,13 +147,12 @@ class Run:
         return None
 
     def _time(
-        self, case: Case, rival: Rival, inputs: Inputs, which: str, mode: str, errors: Errors | None, extra: Row,
-        end: float,
-    ) -> None:  # fmt: skip
+        self, case: Case, rival: Rival, inputs: Inputs, which: str, mode: str, errors: Errors | None, extra: Row
+    ) -> None:
         columns = dict(extra)
         if errors is not None:
             columns |= {"error": errors.error, "torch_error": errors.plain, "error_allowed": errors.allowed}
-        if time.perf_counter() > end:
+        if time.perf_counter() > self._case_end:
             self._row(case, rival, which, mode, "skipped", self._over(), columns)
             return
         try:
@@ -199,7 +213,7 @@ class Run:
         }
 
     def _over(self) -> str:
-        return f"the {self.settings.budget:g} s for this case were over"
+        return f"the {self._share:.3g} s for this case were over"
 
     def _raised(
         self, case: Case, rival: Rival, which: str | None, mode: str | None, error: Exception, columns: Row

@@ -51,11 +51,11 @@ __global__ void twice(const float* x, float* y, int64_t n) {
         y[i] = 2.f * x[i];
 }
 
-// Adds 1 to the first 64 elements of each row of y [rows, n]. Planted: offsets in 32 bits.
-template <class Index>
+// Adds 1 to the first 64 elements of each row of y [rows, n]. Planted: offsets computed in, or cut to, 32 bits.
+template <class Index, class Cut>
 __global__ void first_of_rows(int8_t* y, int64_t n) {
     const Index row = static_cast<Index>(blockIdx.x) * static_cast<Index>(n);
-    y[row + static_cast<Index>(threadIdx.x)] += 1;
+    y[static_cast<Cut>(row + static_cast<Index>(threadIdx.x))] += 1;
 }
 
 // Sums of neighbours. Planted: the last element of the tile is read and was never written.
@@ -210,9 +210,10 @@ __global__ void faults(float* y, int which) {
     if (which == 3) __shfl_sync(0xffffffffu, 1, 1, 24);
     if (which == 4) y[-1] = 1.f;
     if (which == 6) *reinterpret_cast<float4*>(y + 1) = make_float4(1.f, 1.f, 1.f, 1.f);
-    if (which == 7) y[0] = static_cast<float>(static_cast<int>(threadIdx.x + 2000000) * 2000);
+    if (which == 7) y[0] = static_cast<float>(which * 400000000);
     __shared__ float fixed[64];
-    if (which == 8) fixed[threadIdx.x + 1] = y[0];
+    fixed[threadIdx.x] = 1.f;
+    if (which == 8 && threadIdx.x == 63) y[0] = fixed[threadIdx.x + 1];
     if (which == 5) y[0] = large_array(which);
 }
 
@@ -235,7 +236,8 @@ using megapt::launch;
 extern "C" {
 
 int tree_sum(const float* x, float* y, int64_t rows, int64_t n, int planted) {
-    return launch(planted ? megapt::tree_sum<true> : megapt::tree_sum<false>, dim3(rows), dim3(256), 0, nullptr, x, y, n);
+    const auto kernel = planted ? megapt::tree_sum<true> : megapt::tree_sum<false>;
+    return launch(kernel, dim3(rows), dim3(256), 0, nullptr, x, y, n);
 }
 int two_sums(const float* x, float* y, int planted) {
     return launch(planted ? megapt::two_sums<true> : megapt::two_sums<false>, dim3(1), dim3(256), 0, nullptr, x, y);
@@ -247,8 +249,10 @@ int twice(const float* x, float* y, int64_t n, int planted) {
     return launch(planted ? megapt::twice<true> : megapt::twice<false>, dim3(3), dim3(64), 0, nullptr, x, y, n);
 }
 int first_of_rows(int8_t* y, int64_t rows, int64_t n, int planted) {
-    return launch(planted ? megapt::first_of_rows<int32_t> : megapt::first_of_rows<int64_t>, dim3(rows), dim3(64), 0,
-                  nullptr, y, n);
+    const auto kernel = planted == 0   ? megapt::first_of_rows<int64_t, int64_t>
+                        : planted == 1 ? megapt::first_of_rows<int32_t, int32_t>
+                                       : megapt::first_of_rows<int64_t, int32_t>;
+    return launch(kernel, dim3(rows), dim3(64), 0, nullptr, y, n);
 }
 int neighbours(const float* x, float* y, int planted) {
     return launch(planted ? megapt::neighbours<true> : megapt::neighbours<false>, dim3(1), dim3(256), 0, nullptr, x, y);
