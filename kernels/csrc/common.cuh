@@ -24,6 +24,12 @@ namespace megapt {
 // Launch on a stream; returns a cudaError_t, 0 if the launch was accepted.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream, A... arguments) {
+    if (shared > 48 * 1024) {  // more than every GPU has, which a kernel must ask for
+        const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                         static_cast<int>(shared));
+        if (refused != cudaSuccess) return static_cast<int>(refused);
+    }
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
     return static_cast<int>(cudaGetLastError());
 }

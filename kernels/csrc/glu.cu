@@ -67,9 +67,9 @@ int megapt_glu_backward(const void* dy, int64_t dy_stride, const void* xy, int64
         const bool vectors = aligned(V, {dy, xy, dxy}, {dy_stride, stride, width});
         return with_tiles(rows, width, vectors ? V : 1, activation, [&](auto a, dim3 grid, GluTiles tiles) {
             constexpr int act = decltype(a)::value;
-            return launch(vectors ? glu_rows_backward<T, V, act> : glu_rows_backward<T, 1, act>, grid, dim3(kGluThreads),
-                          0, stream, static_cast<const T*>(dy), dy_stride, static_cast<const T*>(xy), stride,
-                          static_cast<T*>(dxy), tiles);
+            return launch(vectors ? glu_rows_backward<T, V, act> : glu_rows_backward<T, 1, act>, grid,
+                          dim3(kGluThreads), 0, stream, static_cast<const T*>(dy), dy_stride,
+                          static_cast<const T*>(xy), stride, static_cast<T*>(dxy), tiles);
         });
     });
 }

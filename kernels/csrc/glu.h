@@ -1,5 +1,5 @@
-// Launchers of glu.cuh. xy: rows of 2 x width elements, gate and up, `stride` apart; dy: rows of width, `dy_stride` apart;
-// results contiguous. activation: 0 silu, 1 gelu by tanh, 2 gelu by the error function. 0: launched.
+// Launchers of glu.cuh. xy: rows of 2 x width elements, gate and up, `stride` apart; dy: rows of width, `dy_stride`
+// apart; results contiguous. activation: 0 silu, 1 gelu by tanh, 2 gelu by the error function. 0: launched.
 #pragma once
 
 #include <cstdint>

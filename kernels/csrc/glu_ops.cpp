@@ -14,7 +14,8 @@ void check_rows(const Operator& op, const Tensor& x, const char* argument) {
 
 int check_xy(const Operator& op, const Tensor& xy, int64_t activation) {
     check_rows(op, xy, "xy");
-    op.check(xy.size(1) > 0 && xy.size(1) % 2 == 0, "xy must have rows of gate and up, not of ", xy.size(1), " elements");
+    op.check(xy.size(1) > 0 && xy.size(1) % 2 == 0, "xy must have rows of gate and up, not of ", xy.size(1),
+             " elements");
     op.check(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, not ", activation);
     return op.dtype_of(xy, "xy");
 }
@@ -26,8 +27,8 @@ Tensor glu(const Tensor& xy, int64_t activation) {
     const DeviceGuard guard(xy);
     const std::vector<int64_t> shape = {rows, width};
     Tensor y = torch::stable::new_empty(xy, shape);
-    op.check_launch(megapt_glu(xy.data_ptr(), xy.stride(0), y.data_ptr(), rows, width, static_cast<int>(activation), dtype,
-                               current_stream(xy)));
+    op.check_launch(megapt_glu(xy.data_ptr(), xy.stride(0), y.data_ptr(), rows, width, static_cast<int>(activation),
+                               dtype, current_stream(xy)));
     return y;
 }
 

@@ -39,7 +39,8 @@ template <class T, bool mean>
 int forward(const NormArguments& a, void* stream) {
     constexpr int V = 16 / sizeof(T);
     const unsigned rows = static_cast<unsigned>(a.rows);
-    if (!by_vectors(sizeof(T), a.width, {a.x, a.residual, a.weight, a.bias, a.y, a.sum}, {a.x_stride, a.residual_stride}))
+    if (!by_vectors(sizeof(T), a.width, {a.x, a.residual, a.weight, a.bias, a.y, a.sum},
+                    {a.x_stride, a.residual_stride}))
         return launch(norm_wide_rows<T, 1, mean>, dim3(rows), dim3(kNormThreads), 0, stream, a);
     return with_group(a.width / V, [&](auto group) {
         constexpr int n = decltype(group)::threads;
@@ -90,8 +91,9 @@ int megapt_norm(const void* x, int64_t x_stride, const void* residual, int64_t r
                 const void* bias, float offset, float eps, void* y, void* sum, float* mean, float* rstd, int64_t rows,
                 int64_t width, int dtype, int weight_dtype, void* stream) {
     if (rows == 0) return 0;
-    const NormArguments a{x,    residual, weight, bias,     y,   sum,    mean, rstd, rows, width, x_stride, residual_stride,
-                          eps, offset, weight_dtype == kFloat32};
+    const bool wide = weight_dtype == kFloat32;
+    const NormArguments a{x,    residual, weight, bias,     y,               sum, mean,
+                          rstd, rows,     width,  x_stride, residual_stride, eps, offset, wide};
     return dispatch(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         return bias ? forward<T, true>(a, stream) : forward<T, false>(a, stream);

@@ -1,8 +1,8 @@
 // RMSNorm and LayerNorm of rows, alone or of a sum with a residual, and their gradients.
 //
-// A row belongs to a group of threads: a part of a warp, or a whole block. Up to 2 vectors of 16 bytes a thread it stays
-// in registers, so that memory is read once and written once. Wider rows, and rows that vectors cannot read, are read
-// again for the second pass, by then mostly from the caches.
+// A row belongs to a group of threads: a part of a warp, or a whole block. Up to 2 vectors of 16 bytes a thread it
+// stays in registers, so that memory is read once and written once. Wider rows, and rows that vectors cannot read, are
+// read again for the second pass, by then mostly from the caches.
 #pragma once
 
 #include "common.cuh"
@@ -32,8 +32,8 @@ struct NormGradArguments {
     bool wide;
 };
 
-constexpr int kVectors = 2;         // of a row, for each of its threads
-constexpr int kNormThreads = 256;   // of a block for rows that are not kept
+constexpr int kVectors = 2;        // of a row, for each of its threads
+constexpr int kNormThreads = 256;  // of a block for rows that are not kept
 template <int group>
 constexpr int kGroupThreads = group < 128 ? 128 : group;  // of a block
 

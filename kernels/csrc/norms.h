@@ -1,5 +1,5 @@
-// Launchers of norms.cuh. Pointers to rows, which are contiguous, `*_stride` elements apart; dtypes as common.cuh numbers
-// them; results contiguous. bias null: RMSNorm, without mean and db. residual and sum, ds: null or not. 0: launched.
+// Launchers of norms.cuh. Pointers to rows, which are contiguous, `*_stride` elements apart; dtypes as common.cuh
+// numbers them; results contiguous. bias null: RMSNorm, without mean. residual and sum, ds: null or not. 0: launched.
 #pragma once
 
 #include <cstdint>

@@ -40,8 +40,8 @@ struct Normed {
     Tensor rstd;
 };
 
-Normed norm(const char* name, const Tensor& x, const Maybe& residual, const Tensor& weight, const Maybe& bias, double eps,
-            double offset) {
+Normed norm(const char* name, const Tensor& x, const Maybe& residual, const Tensor& weight, const Maybe& bias,
+            double eps, double offset) {
     const Operator op(name);
     check_rows(op, x, "x", x, "x");
     if (residual) check_rows(op, *residual, "residual", x, "x");
@@ -58,8 +58,8 @@ Normed norm(const char* name, const Tensor& x, const Maybe& residual, const Tens
     if (bias) out.mean = empty(x, {rows}, ScalarType::Float);
     op.check_launch(megapt_norm(x.data_ptr(), x.stride(0), data(residual), residual ? residual->stride(0) : 0,
                                 weight.data_ptr(), data(bias), static_cast<float>(offset), static_cast<float>(eps),
-                                out.y.data_ptr(), data(out.sum), floats(out.mean), static_cast<float*>(out.rstd.data_ptr()),
-                                rows, width, dtype, weight_dtype, current_stream(x)));
+                                out.y.data_ptr(), data(out.sum), floats(out.mean), floats(out.rstd), rows, width, dtype,
+                                weight_dtype, current_stream(x)));
     return out;
 }
 
@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
     return {out.y, out.rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                                                double offset) {
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                double eps, double offset) {
     Normed out = norm("add_rms_norm", x, residual, weight, {}, eps, offset);
     return {out.y, *out.sum, out.rstd};
 }
@@ -113,9 +113,8 @@ Gradients backward(const char* name, const Tensor& dy, const Maybe& ds, const Te
     if (mean) out.db = empty(s, {width}, weight.scalar_type());
     op.check_launch(megapt_norm_backward(
         dy.data_ptr(), dy.stride(0), data(ds), ds ? ds->stride(0) : 0, s.data_ptr(), s.stride(0), weight.data_ptr(),
-        static_cast<float>(offset), floats(mean), static_cast<float*>(rstd.data_ptr()), out.dx.data_ptr(),
-        out.dw.data_ptr(), data(out.db), static_cast<float*>(partial.data_ptr()), blocks, rows, width, dtype, weight_dtype,
-        current_stream(s)));
+        static_cast<float>(offset), floats(mean), floats(rstd), out.dx.data_ptr(), out.dw.data_ptr(), data(out.db),
+        floats(partial), blocks, rows, width, dtype, weight_dtype, current_stream(s)));
     return out;
 }
 

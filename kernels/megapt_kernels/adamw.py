@@ -58,6 +58,8 @@ def adamw_step_(
     which the host does not read. The weights are the masters rounded to nearest. Gradients are used up: some
     implementations leave them divided by `scale`.
     """
+    if not shards:
+        return
     options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, step=step, scale=scale, skip=skip)
     _step(shards, **options, impl=impl)
 

@@ -311,6 +311,16 @@ def _check_linear(
     _check_rules(op, weight.shape[0], start, length, softcap, z_loss)
 
 
+def _fill(
+    first: Tensor, second: Tensor, *rest: Any, start: int | None = None, length: int | None = None, **keywords: Any
+) -> dict[str, Any]:
+    """Of (logits, target, group) or (h, weight, target, group)."""
+    linear = second.dim() == 2
+    group = rest[linear] if len(rest) > linear else keywords.get("group")
+    start, length = _columns(second.shape[0] if linear else first.shape[-1], group, start, length)
+    return {"ignore_index": -100, "softcap": None, "z_loss": 0.0, **keywords, "start": start, "length": length}
+
+
 def _by_blocks(softmax_type: _Softmax) -> Callable[..., Tensor]:
     def run(logits: Tensor, target: Tensor, group: Any = None, **keywords: Any) -> Tensor:
         return _VocabParallelCrossEntropy.apply(logits, target, group, softmax_type, Rules(**keywords))
@@ -407,6 +417,7 @@ OPERATIONS = {
             Implementation("library", "liger", _liger_takes_logits, _liger_logits),
             Implementation("library", "torch", _torch_supports, _torch),
         ),
+        _fill,
     ),
     "linear_cross_entropy": Operation(
         "linear_cross_entropy",
@@ -416,6 +427,7 @@ OPERATIONS = {
             Implementation("reference", "reference", _always, _linear(PlainSoftmax)),
             Implementation("library", "liger", _liger_takes_linear, _liger_linear),
         ),
+        _fill,
     ),
 }
 

@@ -207,7 +207,7 @@ OPERATIONS = {
         "swiglu",
         _check_swiglu,
         (
-            Implementation("cuda", "megapt cuda", _cuda_supports, partial(_glu_cuda, activation="silu")),
+            Implementation("cuda", "cuda", _cuda_supports, partial(_glu_cuda, activation="silu")),
             Implementation("library", "liger", _liger_supports_swiglu, _liger_swiglu),
             Implementation("reference", "reference", _always, partial(_glu_reference, activation="silu")),
         ),
@@ -216,7 +216,7 @@ OPERATIONS = {
         "geglu",
         _check_geglu,
         (
-            Implementation("cuda", "megapt cuda", _cuda_supports, _by_approximation(_glu_cuda)),
+            Implementation("cuda", "cuda", _cuda_supports, _by_approximation(_glu_cuda)),
             Implementation("library", "liger", _liger_supports_geglu, _liger_geglu),
             Implementation("reference", "reference", _always, _by_approximation(_glu_reference)),
         ),

@@ -458,7 +458,7 @@ OPERATIONS = {
         "rms_norm",
         _check_rms_norm,
         (
-            Implementation("cuda", "megapt cuda", _cuda_supports_rms_norm, _rms_norm_cuda),
+            Implementation("cuda", "cuda", _cuda_supports_rms_norm, _rms_norm_cuda),
             Implementation("library", "quack", _quack_supports, _quack_rms_norm),
             Implementation("library", "liger", _liger_supports_rms_norm, _liger_rms_norm),
             Implementation("library", "apex", _apex_supports, _apex_rms_norm),
@@ -470,7 +470,7 @@ OPERATIONS = {
         "layer_norm",
         _check_layer_norm,
         (
-            Implementation("cuda", "megapt cuda", _cuda_supports_layer_norm, _layer_norm_cuda),
+            Implementation("cuda", "cuda", _cuda_supports_layer_norm, _layer_norm_cuda),
             Implementation("library", "liger", _liger_supports_layer_norm, _liger_layer_norm),
             Implementation("library", "torch", _torch_supports_layer_norm, _layer_norm_reference),
             Implementation("reference", "reference", _always, _layer_norm_reference),

@@ -23,6 +23,7 @@ _MODULES = {
     "linear_cross_entropy": "cross_entropy",
     "attention": "attention",
     "adamw_step_": "adamw",
+    "squared_norm": "adamw",
     "wgrad_accumulate_": "wgrad",
     "moe_permute": "moe",
     "moe_unpermute": "moe",
@@ -74,10 +75,17 @@ class Operation:
     """An operation and its implementations, the preferred ones first.
 
     check: raises Unsupported, naming operation and argument, where the arguments are wrong for every implementation.
+    fill: what the public function makes of the keywords that it is given, where it adds to them.
     """
 
-    def __init__(self, name: str, check: Callable[..., None], implementations: Sequence[Implementation]) -> None:
-        self.name, self.check, self.implementations = name, check, tuple(implementations)
+    def __init__(
+        self,
+        name: str,
+        check: Callable[..., None],
+        implementations: Sequence[Implementation],
+        fill: Callable[..., dict[str, Any]] | None = None,
+    ) -> None:
+        self.name, self.check, self.implementations, self.fill = name, check, tuple(implementations), fill
 
     def explain(self, *arguments: Any, impl: str = "auto", **keywords: Any) -> Explanation:
         self.check(*arguments, **keywords)
@@ -167,5 +175,7 @@ def operation(name: str) -> Operation:
 
 def explain(op: str | Callable[..., Any], *arguments: Any, **keywords: Any) -> Explanation:
     """Which implementation `op` (its name or the function) would run with these arguments, and why not the others."""
-    name = op if isinstance(op, str) else op.__name__
-    return operation(name).explain(*arguments, **keywords)
+    found = operation(op if isinstance(op, str) else op.__name__)
+    if found.fill is not None:
+        keywords = found.fill(*arguments, **keywords)
+    return found.explain(*arguments, **keywords)

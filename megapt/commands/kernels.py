@@ -145,7 +145,7 @@ def _calls(op: str, preset: str | None, device: Device) -> list[_Call]:
     where = torch.device(device.value)
     generator, sizes = torch.Generator(where), PRESETS[name].sized(CPU_TOKENS, shard=CPU_SHARD)
     made = [(case, case.make(generator, where)) for case in cases([op], sizes, torch.bfloat16)]
-    return [_Call(case.title, *case.arguments(inputs)) for case, inputs in made]
+    return [_Call(case.title, *case.whole_arguments(inputs)) for case, inputs in made]
 
 
 def _verdict(implementation: Implementation, call: _Call | None) -> str:

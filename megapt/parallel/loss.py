@@ -13,7 +13,7 @@ from torch.autograd import Function
 from megapt.batch import IGNORE
 from megapt.mesh import all_gather
 from megapt.parallel.tensor import ParameterFactory, TensorParallel
-from megapt_kernels.cross_entropy import linear_cross_entropy_with_gradients
+from megapt_kernels.cross_entropy import linear_cross_entropy_with_gradients, scaled_gradients
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         dh, dw = ctx.saved_tensors
-        # The scale, one over the number of tokens, must not be rounded to bf16: it would bias every gradient.
-        dh, dw = (dh.to(dw.dtype) * grad).to(dh.dtype), (dw * grad).to(ctx.dtype)
+        dh, dw = scaled_gradients(dh, dw, grad, ctx.dtype)
         return dh, dw, None, None, None, None, None, None, None
 
 

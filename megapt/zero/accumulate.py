@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megapt_kernels.wgrad import wgrad_accumulate_
 from torch import Tensor
 
 from megapt.parallel.tensor import neighbours
 from megapt.parameters import Parameter
 from megapt_kernels.registry import operation
+from megapt_kernels.wgrad import wgrad_accumulate_
 
 
 class Accumulator:

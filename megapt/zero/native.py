@@ -27,6 +27,7 @@ from megapt.zero.muon import Muon
 from megapt.zero.optimizers import AdamW, Segment, segments
 from megapt.zero.reduction import Overlap, Sharding
 from megapt.zero.rounding import StochasticRounding
+from megapt_kernels.adamw import squared_norm
 
 if TYPE_CHECKING:
     from megapt.parallel.pipeline.runtime import Pipeline
@@ -72,6 +73,7 @@ class NativeBackend(ZeroBackend):
             tp.weight_gradients.add = self.accumulator.add_product
         self._segments = {bucket: segments(bucket, optimizer) for bucket in self.buckets}
         matrices = [s for s in self._all_segments() if s.treatment.kind == "muon"]
+        self._norm_kernel = kernels.adamw
         self._rounding = StochasticRounding(seed) if optimizer.stochastic_rounding else None
         self._adamw: dict[Bucket, AdamW] = {}
         for bucket, found in self._segments.items():
@@ -150,7 +152,7 @@ class NativeBackend(ZeroBackend):
         One collective: squares of what each rank counts, summed over all ranks that hold different parts.
         """
         counted = [bucket.grad[begin:end] for bucket in self.buckets for begin, end in bucket.counted()]
-        total = sum_of_squares(counted, self.mesh.device)
+        total = squared_norm(counted, device=self.mesh.device, impl=self._norm_kernel)
         if self.sharded:
             all_reduce(total)
         else:
@@ -221,16 +223,3 @@ class NativeBackend(ZeroBackend):
         count = "one bucket" if len(self.buckets) == 1 else f"{len(self.buckets)} buckets"
         buckets = f"{wide} reduction in {count} during the backward pass"
         return f"native ZeRO {self.stage}: {where}, {buckets}, {update}{more}"
-
-
-# What a CPU adds up one by one in fp32 loses a thousandth by a million elements; a GPU's kernel works in blocks itself.
-_NORM_BLOCK = 1 << 15
-
-
-def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Of all elements of 1-D tensors: a scalar in fp64, to about fp32's precision however many there are."""
-    if device.type == "cpu":
-        tensors = [block for tensor in tensors for block in tensor.split(_NORM_BLOCK)]
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()

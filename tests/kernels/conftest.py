@@ -13,6 +13,9 @@ from megapt_kernels.library import ThreadOrder
 
 def _library() -> library.Library:
     """The library of this process, built if need be; only one of several processes builds, and the others wait."""
+    found = library.loaded()
+    if found is not None:
+        return found
     try:
         if not torch.cuda.is_available():
             return library.load_emulated(build.build("emulated"))

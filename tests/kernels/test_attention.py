@@ -417,6 +417,20 @@ def test_flash_attn_is_called_as_it_wants(name: str, library: str, monkeypatch: 
     assert options.get("deterministic", False) == (library != "flash-attn 3")
 
 
+def test_flash_attn_is_traced_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, **options: Any) -> Tensor:
+        return q * cu_seqlens_q[1]
+
+    module = ModuleType("flash_attn_interface")
+    vars(module).update(flash_attn_func=varlen, flash_attn_varlen_func=varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    q, k, v, _ = tensors((1, 10, 2, 1, 8))
+    spec = AttentionSpec(lengths=(3, 7))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *qkv: flash_attn.run_3(*qkv, spec), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), q * 3)
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("name", ["127", "129 without order", "window", "documents"])
 def test_varlen_is_called_as_it_wants(name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:

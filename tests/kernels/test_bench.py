@@ -239,6 +239,21 @@ def test_wrong_and_broken_implementations_are_rows_and_a_status(
     assert main(["swiglu", *FAST, "--impl", "library"]) == 0
 
 
+def test_a_device_that_answers_no_more_ends_the_run_after_its_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(self: CpuClock) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(CpuClock, "synchronize", gone)
+    _swiglu(monkeypatch, broken=_raise, right=_reference(tiny("swiglu"), lambda y: y))
+    out = tmp_path / "rows.jsonl"
+    assert main(["swiglu", *FAST, "--impl", "library", "--out", str(out)]) == 3
+    (row,) = measured(out)
+    assert row["status"] == "failed" and "answers no more" in row["reason"] and "on purpose" in row["reason"]
+    assert "stopped: swiglu, broken" in capsys.readouterr().out
+
+
 def test_a_budget_skips_what_is_left_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     case = tiny("swiglu")
     calls: list[None] = []
@@ -496,8 +511,8 @@ def test_targets_are_shown_for_the_machines_they_are_of() -> None:
 def test_impl_all_leaves_the_emulator_out() -> None:
     from megapt_kernels.bench.rivals import Rival
 
-    rival = Rival("megapt cuda", "cuda", lambda i: (), lambda i: None, ours=True)
+    rival = Rival("cuda", "cuda", lambda i: (), lambda i: None, ours=True)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert not rival.wanted(("all",), cpu) and rival.wanted(("all",), cuda)
-    assert rival.wanted(("cuda",), cpu) and rival.wanted(("megapt cuda",), cpu)
+    assert rival.wanted(("cuda",), cpu) and rival.wanted(("cuda",), cpu)
     assert not replace(rival, kind="triton", name="triton").wanted(("cuda",), cpu)

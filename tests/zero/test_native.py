@@ -11,8 +11,8 @@ import torch
 
 from megapt.parameters import Parameter
 from megapt.prove.ranks import run_ranks
-from megapt.zero.native import sum_of_squares
 from megapt.zero.rounding import StochasticRounding
+from megapt_kernels.adamw import squared_norm
 from tests.zero import runs
 from tests.zero.harness import (
     OPTIMIZER,
@@ -191,6 +191,6 @@ def test_alone_needs_no_deepspeed() -> None:
 def test_the_norm_of_millions_of_elements_keeps_its_digits(cut: int) -> None:
     """Summed one by one in fp32 it would be off by a thousandth, and by another one where it is cut elsewhere."""
     gradient = torch.full((3_000_000,), 0.00123)
-    found = sum_of_squares(list(gradient.chunk(cut)), gradient.device)
+    found = squared_norm(list(gradient.chunk(cut)))
     assert found.dtype == F64 and float(found) == pytest.approx(float(gradient.double().square().sum()), rel=5e-5)
-    assert sum_of_squares([], gradient.device) == 0
+    assert squared_norm([], device=gradient.device) == 0
