@@ -14,7 +14,7 @@ from megapt.model.kernels import Kernels
 from megapt.parallel.pipeline.stages import DTYPES
 from megapt.zero.accumulate import fuses_products
 from megapt_kernels.adamw import AdamWShard
-from megapt_kernels.attention import AttentionSpec
+from megapt_kernels.attention_dispatch import AttentionSpec
 from megapt_kernels.registry import Explanation, Unsupported, operation
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

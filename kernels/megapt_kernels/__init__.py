@@ -15,7 +15,7 @@ from megapt_kernels.probe import Capability, capabilities
 
 if TYPE_CHECKING:
     from megapt_kernels.adamw import AdamWShard, adamw_step_, squared_norm
-    from megapt_kernels.attention import AttentionSpec, attention
+    from megapt_kernels.attention_dispatch import AttentionSpec, attention
     from megapt_kernels.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
     from megapt_kernels.glu import geglu, swiglu
     from megapt_kernels.moe import moe_permute, moe_unpermute
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adamw": ("AdamWShard", "adamw_step_", "squared_norm"),
-    "attention": ("AttentionSpec", "attention"),
+    "attention_dispatch": ("AttentionSpec", "attention"),
     "cross_entropy": ("linear_cross_entropy", "vocab_parallel_cross_entropy"),
     "glu": ("geglu", "swiglu"),
     "moe": ("moe_permute", "moe_unpermute"),

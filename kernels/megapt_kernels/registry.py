@@ -21,7 +21,7 @@ _MODULES = {
     "geglu": "glu",
     "vocab_parallel_cross_entropy": "cross_entropy",
     "linear_cross_entropy": "cross_entropy",
-    "attention": "attention",
+    "attention": "attention_dispatch",
     "adamw_step_": "adamw",
     "squared_norm": "adamw",
     "wgrad_accumulate_": "wgrad",

@@ -13,8 +13,8 @@ from torch.autograd import Function
 from megapt.batch import Documents
 from megapt.model.kernels import AUTO, Kernels
 from megapt.model.positions import Rotary, turn
-from megapt_kernels.attention import AttentionSpec
-from megapt_kernels.attention import attention as kernel_attention
+from megapt_kernels.attention_dispatch import AttentionSpec
+from megapt_kernels.attention_dispatch import attention as kernel_attention
 from megapt_kernels.blockwise import (
     CAUSAL,
     Scores,

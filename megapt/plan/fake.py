@@ -20,7 +20,7 @@ from megapt.model import attention as model_attention
 from megapt.model.positions import rotary_table
 from megapt.parallel import tensor as parallel_tensor
 from megapt.plan.live import LiveBytes
-from megapt_kernels.attention import AttentionSpec
+from megapt_kernels.attention_dispatch import AttentionSpec
 from megapt_kernels.registry import operation
 
 _META = torch.device("meta")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapt_kernels.attention import OPERATIONS, AttentionSpec, attention, order
 from megapt_kernels.attention_backends import case as cases
 from megapt_kernels.attention_backends import flash_attn, torch_flex, torch_sdpa, torch_varlen
 from megapt_kernels.attention_backends.case import Case, Library, Machine
 from megapt_kernels.attention_backends.documents import cu_seqlens, starts_and_ends
 from megapt_kernels.attention_backends.known_wrong import KNOWN_WRONG, known_wrong
+from megapt_kernels.attention_dispatch import OPERATIONS, AttentionSpec, attention, order
 from megapt_kernels.registry import Unsupported, explain
 
 CASES = {
@@ -185,7 +185,7 @@ def test_refusals_name_the_argument(name: str) -> None:
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["megapt_kernels.attention"], "_announced", set())
+    monkeypatch.setattr(sys.modules["megapt_kernels.attention_dispatch"], "_announced", set())
     q, k, v, _ = (t.float() for t in tensors((1, 8, 2, 1, 8)))
     with caplog.at_level(logging.INFO, "megapt_kernels"):
         for spec in (AttentionSpec(), AttentionSpec(), AttentionSpec(window=2, lengths=(5, 3))):

@@ -329,6 +329,10 @@ def test_commands(
     assert status == 2 and "megapt kernels build" in error
     status, _, error = run("build", "--arch", "sm_90")
     assert status == 2 and "not 'sm_90'" in error
+    status, told, _ = run("list")
+    from megapt_kernels import operations
+
+    assert status == 0 and all(name in told for name in operations())
     status, told, _ = run("explain", "swiglu", "--device", "cpu", "--impl", "reference")
     assert status == 0 and told.startswith("swiglu: reference\n")
     status, _, error = run("explain", "swishglu")

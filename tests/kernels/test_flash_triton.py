@@ -50,7 +50,7 @@ def measure() -> dict[str, Any]:
     against fp64, beside the largest value."""
     import torch
 
-    from megapt_kernels.attention import AttentionSpec, attention
+    from megapt_kernels.attention_dispatch import AttentionSpec, attention
     from tests.kernels.test_attention import computed, plain, tensors
 
     measured: dict[str, Any] = {}

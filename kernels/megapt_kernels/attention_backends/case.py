@@ -20,7 +20,7 @@ from megapt_kernels.attention_backends.documents import documents_of, longest_of
 from megapt_kernels.tracing import constant
 
 if TYPE_CHECKING:
-    from megapt_kernels.attention import AttentionSpec
+    from megapt_kernels.attention_dispatch import AttentionSpec
 
 HALF = (torch.bfloat16, torch.float16)
 

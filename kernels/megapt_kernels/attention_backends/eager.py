@@ -19,7 +19,7 @@ from megapt_kernels.blockwise import (
 )
 
 if TYPE_CHECKING:
-    from megapt_kernels.attention import AttentionSpec
+    from megapt_kernels.attention_dispatch import AttentionSpec
 
 
 def supports_flash(case: Case) -> str | None:

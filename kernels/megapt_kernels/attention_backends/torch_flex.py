@@ -20,7 +20,7 @@ from megapt_kernels.attention_backends.torch_sdpa import from_ampere, half_only
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from megapt_kernels.attention import AttentionSpec
+    from megapt_kernels.attention_dispatch import AttentionSpec
 
 _BLOCK = 128
 

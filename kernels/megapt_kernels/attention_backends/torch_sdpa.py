@@ -17,7 +17,7 @@ from megapt_kernels.attention_backends.documents import documents_of, runs
 from megapt_kernels.attention_backends.known_wrong import known_wrong
 
 if TYPE_CHECKING:
-    from megapt_kernels.attention import AttentionSpec
+    from megapt_kernels.attention_dispatch import AttentionSpec
 
 
 def _supports(case: Case) -> str | None:

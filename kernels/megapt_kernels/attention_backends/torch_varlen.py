@@ -18,7 +18,7 @@ from megapt_kernels.attention_backends.torch_sdpa import (
 )
 
 if TYPE_CHECKING:
-    from megapt_kernels.attention import AttentionSpec
+    from megapt_kernels.attention_dispatch import AttentionSpec
 
 
 def supports(case: Case) -> str | None:

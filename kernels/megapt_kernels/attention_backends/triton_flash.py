@@ -12,7 +12,7 @@ from megapt_kernels.attention_backends.documents import documents_of, starts_and
 from megapt_kernels.attention_backends.torch_sdpa import from_ampere
 
 if TYPE_CHECKING:
-    from megapt_kernels.attention import AttentionSpec
+    from megapt_kernels.attention_dispatch import AttentionSpec
 
 
 def supports(case: Case) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -70,8 +69,7 @@ class Case:
 
 
 def public(name: str) -> Callable[..., Any]:
-    # Not from the package: its module `attention` has the name of a function.
-    return getattr(importlib.import_module(f"megapt_kernels.{megapt_kernels._HOME[name]}"), name)
+    return getattr(megapt_kernels, name)
 
 
 def mapped(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
@@ -360,6 +358,22 @@ def _adamw(preset: Preset, dtype: torch.dtype) -> list[Case]:
     return [alone, replace(alone, name="norm", plain=norm_and_step, call=call)]
 
 
+def _squared_norm(preset: Preset, dtype: torch.dtype) -> list[Case]:
+    sizes = [preset.shard - preset.shard // 4 - 3, preset.shard // 4, 3]
+
+    def make(g: torch.Generator, d: torch.device) -> Inputs:
+        return {"grad": [_random((size,), torch.float32, g, d, 1e-3) for size in sizes]}
+
+    def plain(i: Inputs) -> tuple[Tensor, ...]:
+        return (torch.stack([g.square().sum() for g in i["grad"]]).sum(),)
+
+    def arguments(i: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (i["grad"],), {}
+
+    shape = {"P": preset.shard}
+    return [Case("squared_norm", "", shape, torch.float32, make, (), arguments, plain, _tuple, passes=("fwd",))]
+
+
 # A weight's gradient, summed over micro-batches in fp32: of the fused gate and up projection
 
 
@@ -443,6 +457,7 @@ _MAKERS: dict[str, Callable[[Preset, torch.dtype], list[Case]]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "attention": _attention,
     "adamw_step_": _adamw,
+    "squared_norm": _squared_norm,
     "wgrad_accumulate_": _wgrad,
     "moe_permute": _moe_permute,
     "moe_unpermute": _moe_unpermute,

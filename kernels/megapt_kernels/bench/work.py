@@ -48,6 +48,7 @@ BYTES: dict[tuple[str, str], tuple[Formula | None, Formula | None]] = {
     ),
     # g read, with the norm twice; m, v and master read and written; a copy written if weights are of 16 bits.
     ("adamw_step_", ""): (lambda s, i: (28 + _copy(i)) * s["P"], None),
+    ("squared_norm", ""): (lambda s, i: 4 * s["P"], None),
     ("adamw_step_", "norm"): (lambda s, i: (32 + _copy(i)) * s["P"], None),
     ("wgrad_accumulate_", ""): (lambda s, i: 8 * s["O"] * s["K"] + i * s["T"] * (s["O"] + s["K"]), None),
     ("moe_permute", ""): (
