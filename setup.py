@@ -88,6 +88,8 @@ setup(
             "types-PyYAML",
             "accelerate",
             "peft",
+            # Its interpreter and its compiler, which need no GPU. Where torch is for CUDA it brought its own.
+            "triton; platform_system == 'Linux'",
         ],
         # For the last part of docs/huggingface.md; it brings scipy, scikit-learn, pandas and more, 430 MB in all.
         "compat": ["lm-eval"],

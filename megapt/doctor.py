@@ -207,7 +207,7 @@ def _render(found: dict[str, Any]) -> None:
         console.print("No CUDA device: training runs on the CPU, with gloo between ranks.\n")
 
     table = Table(
-        "optional part", "found", "in use", "runs today", title="optional parts", title_justify="left"
+        "optional part", "found", "used on a GPU", "a GPU runs", title="optional parts", title_justify="left"
     )
     for part in found["optional"]:
         state = (part["version"] or "yes") if part["found"] else "no"

@@ -57,12 +57,13 @@ def capabilities() -> tuple[Capability, ...]:
 
 
 def _compiled() -> Capability:
-    """The first library that loading would look at; whether it fits the sources, loading finds out."""
+    """The library that would be loaded, by the hash of the present sources in it."""
     from megapt_kernels import build
 
-    found = next(build.candidates("cuda"), None)
-    version = build.source_hash("cuda") if found else None
-    return Capability("CUDA kernels", found is not None, version, str(found or "") or None, found is not None, _PYTORCH)
+    sources = build.source_hash("cuda")
+    found = next((path for path in build.candidates("cuda") if sources.encode() in path.read_bytes()), None)
+    name, is_found, where = "CUDA kernels", found is not None, None if found is None else str(found)
+    return Capability(name, is_found, sources if is_found else None, where, is_found, _PYTORCH)
 
 
 def _module(

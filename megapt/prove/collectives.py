@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapt.batch import MicroBatch, StepBatch
+from megapt.batch import IGNORE, MicroBatch, StepBatch
 from megapt.config import Config, from_tree
 from megapt.engine import Engine
 from megapt.errors import UserError
@@ -274,7 +274,8 @@ def take_steps(config: Config, world: int, steps: int) -> None:
     engine = Engine(config, world, torch.device("cpu"))
     count = config.batch.global_samples // (config.batch.micro * engine.mesh.dp.size)
     tokens = torch.zeros(config.batch.micro, config.batch.sequence, dtype=torch.int64)
-    batch = StepBatch([MicroBatch(tokens, tokens)] * count, np.zeros(1, np.int64), tokens.numel())
+    labels = torch.full_like(tokens, IGNORE)  # no rank has the logits of others, where those of a label would be
+    batch = StepBatch([MicroBatch(tokens, labels)] * count, np.zeros(1, np.int64), tokens.numel())
     for _ in range(steps):
         engine.train_step(batch, 1e-3)
 
