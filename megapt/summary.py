@@ -15,6 +15,7 @@ from megapt.model.kernels import Kernels
 from megapt.parallel.pipeline.stages import DTYPES, split_layers
 from megapt.plan.memory import StageMemory, stage_memory
 from megapt.zero.accumulate import fuses_products
+from megapt_kernels.library import missing
 
 
 def print_summary(
@@ -134,7 +135,14 @@ def kernels(config: Config, mesh: ParallelMesh) -> list[str]:
         f"cross entropy: {loss}",
         f"gradient reduction: {_reduction(config)}",
         *_updates(config, mesh),
+        *_not_built(mesh),
     ]
+
+
+def _not_built(mesh: ParallelMesh) -> list[str]:
+    """On a GPU, why our kernels do not run where they do not."""
+    reason = missing(mesh.device) if mesh.device.type == "cuda" else None
+    return [] if reason is None else [f"our CUDA kernels are not in use: {reason}"]
 
 
 def _attention(config: Config, device: torch.device) -> tuple[str, bool]:
