@@ -36,9 +36,16 @@ def _planned(value: Any) -> Any:
 def _everywhere(value: Any) -> Any:
     """`kernels: auto` and `kernels: reference` as the same choice for every operation; gradients of weights are then
     added by nobody but autograd."""
-    if value not in ("auto", "reference"):
+    if not isinstance(value, str):
         return value
+    if value not in ("auto", "reference"):
+        raise ValueError("should be auto or reference for all operations, or a section with a choice for each")
     return dict.fromkeys(KernelsConfig.model_fields, value) | ({"wgrad": "off"} if value == "reference" else {})
+
+
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as a boolean."""
+    return "off" if value is False else value
 
 
 def _joined(value: Any) -> Any:
@@ -351,7 +358,7 @@ class KernelsConfig(Section):
     attention: str = Field("auto", description="a kind, triton among them, or an implementation: flash-attn 3")
     cross_entropy: Literal["auto", "cuda", "reference"] = Field("auto", description="softmax and loss of logits")
     adamw: Fused = Field("auto", description="the update of a shard; native ZeRO only")
-    wgrad: Literal["auto", "library", "reference", "off"] = Field(
+    wgrad: Annotated[Literal["auto", "library", "reference", "off"], BeforeValidator(_off)] = Field(
         "auto", description="weight gradients added to their sum by the product that makes them; native ZeRO only"
     )
 

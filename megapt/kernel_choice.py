@@ -15,6 +15,7 @@ from megapt.parallel.pipeline.stages import DTYPES
 from megapt.zero.accumulate import fuses_products
 from megapt_kernels.adamw import AdamWShard
 from megapt_kernels.attention_dispatch import AttentionSpec
+from megapt_kernels.library import LibraryError
 from megapt_kernels.registry import Explanation, Unsupported, operation
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -39,7 +40,7 @@ def _ask(config: Config, key: str, name: str, positional: tuple[Any, ...], keywo
     kind = getattr(config.kernels, key)
     try:
         answer: Explanation = operation(name).explain(*positional, impl=kind, **keywords)
-    except Unsupported as error:
+    except (LibraryError, Unsupported) as error:
         raise UserError(f"kernels.{key}: {error}") from error
     if answer.chosen is None:
         reasons = [f"{who}: {why}" for who, why in answer.rejected if "was asked for" not in why]
@@ -112,7 +113,7 @@ def _windows(model: ModelConfig) -> set[int | None]:
 
 
 def _adamw(empty: Callable[..., torch.Tensor], dtype: torch.dtype, wide: torch.dtype) -> Arguments:
-    flat = empty(_TOKENS, dtype=wide)
-    shard = AdamWShard(flat, flat, flat, flat, None if dtype == wide else empty(_TOKENS))
+    master, grad, first, second = (empty(_TOKENS, dtype=wide) for _ in range(4))
+    shard = AdamWShard(master, grad, first, second, None if dtype == wide else empty(_TOKENS))
     scalar = empty(dtype=torch.float32)
     return ([shard],), {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "step": scalar, "scale": scalar, "skip": scalar}

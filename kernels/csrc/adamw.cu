@@ -11,7 +11,7 @@ namespace {
 using namespace megapt;
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 8;  // for each multiprocessor
+constexpr int kTotalThreads = 1024;  // of the one block that adds up what the others left
 
 bool on_a_multiple(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
@@ -19,7 +19,7 @@ int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece;
 
 template <class W>
 int launch_adamw(const AdamWShards& shards, const AdamWOptions& options, void* stream) {
-    const int64_t grid = std::min<int64_t>(shards.chunks, static_cast<int64_t>(multiprocessors()) * kBlocks);
+    const int64_t grid = std::min<int64_t>(shards.chunks, static_cast<int64_t>(multiprocessors()) * kAdamWBlocks);
     return launch(adamw_kernel<W, kThreads>, dim3(static_cast<unsigned>(grid)), dim3(kThreads), 0, stream, shards,
                   options);
 }
@@ -87,5 +87,5 @@ int megapt_squared_norm(int64_t tensors, const float* const* data, const int64_t
             together = {};
         }
     }
-    return launch(total_kernel<kThreads>, dim3(1), dim3(kThreads), 0, stream, partials, done, out);
+    return launch(total_kernel<kTotalThreads>, dim3(1), dim3(kTotalThreads), 0, stream, partials, done, out);
 }

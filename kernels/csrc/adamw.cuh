@@ -11,6 +11,7 @@ namespace megapt {
 constexpr int kAdamWShards = 48;
 constexpr int kNormTensors = 128;
 
+constexpr int kAdamWBlocks = 5;    // that stay on a multiprocessor
 constexpr int kAdamWChunk = 4096;  // elements that a block takes at a time
 constexpr int kNormChunk = 32768;  // elements of one partial sum, whatever the device: so the sum is the same on all
 
@@ -116,8 +117,8 @@ __device__ __forceinline__ void adamw_chunk(const AdamWShard& shard, int64_t beg
 // Blocks stay, each for every gridDim-th chunk: the bias corrections are computed once a block, in fp64, for in fp32
 // 1 - 0.999 is wrong in its fifth digit.
 template <class W, int threads>
-__global__ void __launch_bounds__(threads) adamw_kernel(const __grid_constant__ AdamWShards shards,
-                                                        const __grid_constant__ AdamWOptions options) {
+__global__ void __launch_bounds__(threads, kAdamWBlocks) adamw_kernel(const __grid_constant__ AdamWShards shards,
+                                                                      const __grid_constant__ AdamWOptions options) {
     if (*options.skip == 1.f) return;
     __shared__ AdamWScalars scalars;
     if (threadIdx.x == 0) {

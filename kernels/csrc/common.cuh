@@ -21,17 +21,25 @@
 
 namespace megapt {
 
-// Launch on a stream; returns a cudaError_t, 0 if the launch was accepted.
+// Launch on a stream; returns a cudaError_t, 0 if the launch was accepted. The error is this launch's own: one that
+// somebody else left behind is neither taken for it nor cleared, and this one is not left for the next who asks.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream, A... arguments) {
     if (shared > 48 * 1024) {  // more than every GPU has, which a kernel must ask for
         const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                          static_cast<int>(shared));
-        if (refused != cudaSuccess) return static_cast<int>(refused);
+        if (refused != cudaSuccess) {
+            cudaGetLastError();
+            return static_cast<int>(refused);
+        }
     }
-    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
-    return static_cast<int>(cudaGetLastError());
+    cudaLaunchConfig_t how = {};
+    how.gridDim = grid, how.blockDim = block, how.dynamicSmemBytes = shared;
+    how.stream = static_cast<cudaStream_t>(stream);
+    const cudaError_t code = cudaLaunchKernelEx(&how, kernel, static_cast<P>(arguments)...);
+    if (code != cudaSuccess) cudaGetLastError();
+    return static_cast<int>(code);
 }
 
 }  // namespace megapt
@@ -95,6 +103,17 @@ template <class T>
 struct Packed<T, 1> {
     T value;
 };
+
+// By one access: a Packed that is copied where its words are used can become a load for each word.
+template <class T, int V>
+__device__ __forceinline__ Packed<T, V> read(const Packed<T, V>* from) {
+    if constexpr (sizeof(Packed<T, V>) == 16) {
+        const uint4 words = *reinterpret_cast<const uint4*>(from);
+        return {{words.x, words.y, words.z, words.w}};
+    } else {
+        return *from;
+    }
+}
 
 template <class T, int V>
 __device__ __forceinline__ void unpack(const Packed<T, V>& from, float (&x)[V]) {

@@ -7,9 +7,10 @@
 
 namespace {
 
-// Enough threads to keep a multiprocessor's memory pipe full with the rows that it has at a time; short rows take less.
-constexpr int kLong = 512, kShort = 128;
-constexpr int64_t kShortColumns = 4096;
+// A multiprocessor has 2048 threads, for many rows or few. Short rows take fewer each, so that there are more of them,
+// which begin and end while others are read; long rows take more, lest a few last ones be left to a few threads.
+constexpr int kLong = 512, kShort = 256;
+constexpr int64_t kShortColumns = 32768;
 
 // Calls f(type, capped, threads), each a compile-time constant in a type.
 template <class F>

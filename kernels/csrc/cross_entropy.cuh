@@ -93,20 +93,28 @@ struct Cut {
     }
 };
 
-// Calls f(pack, its number) for each of a row's packs; a thread has `batch` reads under way before it needs the first.
+// Calls f(pack, its number) for each of a row's packs; a thread has `batch` reads under way before it needs the first,
+// also in the last round, which is the only one of a short row.
 template <int threads, int batch, class T, class F>
 __device__ __forceinline__ void each_pack(const Pack<T>* packs, int count, F&& f) {
     int p = threadIdx.x;
     for (; p + (batch - 1) * threads < count; p += batch * threads) {
-        Pack<T> read[batch];
+        Pack<T> parts[batch];
 #pragma unroll
-        for (int b = 0; b < batch; ++b) read[b] = packs[p + b * threads];
+        for (int b = 0; b < batch; ++b) parts[b] = packs[p + b * threads];
 #pragma unroll
-        for (int b = 0; b < batch; ++b) f(read[b], p + b * threads);
+        for (int b = 0; b < batch; ++b) f(parts[b], p + b * threads);
     }
-    for (; p < count; p += threads) {
-        Pack<T> pack = packs[p];
-        f(pack, p);
+    uint4 rest[batch - 1] = {};  // as words, for compilers keep 16-bit elements that may be unread in a register each
+#pragma unroll
+    for (int b = 0; b < batch - 1; ++b)
+        if (p + b * threads < count) rest[b] = reinterpret_cast<const uint4*>(packs)[p + b * threads];
+#pragma unroll
+    for (int b = 0; b < batch - 1; ++b) {
+        if (p + b * threads >= count) break;
+        Pack<T> pack;
+        memcpy(&pack, &rest[b], sizeof pack);
+        f(pack, p + b * threads);
     }
 }
 
@@ -125,6 +133,9 @@ __global__ void __launch_bounds__(threads)
         return;
     }
     const T* row = logits + r * stride;
+    const int64_t column = id - start;
+    // Read at once, so that nobody waits for it in the end.
+    const float picked = threadIdx.x == 0 && column >= 0 && column < length ? to_float(row[column]) : NAN;
     const Cut<T> cut(row, length);
     const float inverse_cap = capped ? 1.f / cap : 0.f;
     OnlineSum online;
@@ -149,11 +160,9 @@ __global__ void __launch_bounds__(threads)
     __syncthreads();
     if (threadIdx.x != 0) return;
     for (int w = 1; w < kWarps; ++w) online.merge(tops[w], sums[w]);
-    const int64_t column = id - start;
-    const bool mine = column >= 0 && column < length;
     stats[r] = online.top;
     stats[rows + r] = online.sum;
-    stats[2 * rows + r] = mine ? cap_logit<T, capped>(to_float(row[column]), cap, inverse_cap).value : NAN;
+    stats[2 * rows + r] = cap_logit<T, capped>(picked, cap, inverse_cap).value;
 }
 
 // Of every rank's stats [ranks, 3, rows]: losses [rows], and tokens [4, rows]: highest logit, denominator relative to
@@ -194,12 +203,15 @@ __global__ void __launch_bounds__(threads)
     cross_entropy_gradient_kernel(T* logits, const int64_t* target, const float* tokens, int64_t tokens_stride,
                                   const float* slope, int64_t slope_stride, int columns, int64_t stride, int64_t start,
                                   int length, int64_t ignore_index, float cap) {
-    const int64_t r = blockIdx.x;
+    const int64_t r = gridDim.x - 1 - blockIdx.x;  // first the rows that the stats read last: caches may have them
     T* row = logits + r * stride;
     const Cut<T> cut(row, columns);
     const int single = cut.single(threadIdx.x, columns);
     Pack<T>* packs = reinterpret_cast<Pack<T>*>(row + cut.head);
     const int64_t id = target[r];
+    const float scale = slope ? slope[r * slope_stride] : 1.f;
+    const float highest = tokens[r], factor = tokens[2 * tokens_stride + r] / tokens[tokens_stride + r] * scale;
+    const float at_target = tokens[3 * tokens_stride + r] * scale;
     if (id == ignore_index) {
         Pack<T> zero;
 #pragma unroll
@@ -208,9 +220,6 @@ __global__ void __launch_bounds__(threads)
         if (single < columns) row[single] = zero.v[0];
         return;
     }
-    const float scale = slope ? slope[r * slope_stride] : 1.f;
-    const float highest = tokens[r], factor = tokens[2 * tokens_stride + r] / tokens[tokens_stride + r] * scale;
-    const float at_target = tokens[3 * tokens_stride + r] * scale;
     const int64_t column = id - start;
     const int mine = column >= 0 && column < length ? static_cast<int>(column) : -1;
     const float inverse_cap = capped ? 1.f / cap : 0.f;
@@ -220,7 +229,7 @@ __global__ void __launch_bounds__(threads)
         if (capped) g *= c.bend;
         return from_float<T>(i < length ? g : 0.f);
     };
-    each_pack<threads, capped ? 2 : 4>(packs, cut.packs, [&](Pack<T>& pack, int p) {
+    each_pack<threads, 2>(packs, cut.packs, [&](Pack<T>& pack, int p) {
         const int first = cut.head + p * Pack<T>::size;
 #pragma unroll
         for (int i = 0; i < Pack<T>::size; ++i) pack.v[i] = gradient(pack.v[i], first + i);

@@ -27,9 +27,10 @@ template <class F>
 int with_tiles(int64_t rows, int64_t width, int vector, int activation, F&& f) {
     GluTiles tiles{rows, width / vector, 0, 0};
     while ((1 << tiles.shift) < kGluThreads && (1 << tiles.shift) < tiles.vectors) ++tiles.shift;
-    tiles.chunks = (tiles.vectors + (1 << tiles.shift) - 1) >> tiles.shift;
-    const int64_t at_once = kGluThreads >> tiles.shift, blocks = (rows + at_once - 1) / at_once * tiles.chunks;
+    const int64_t chunks = (tiles.vectors + (1 << tiles.shift) - 1) >> tiles.shift;
+    const int64_t at_once = kGluThreads >> tiles.shift, blocks = (rows + at_once - 1) / at_once * chunks;
     if (blocks > INT32_MAX) return kTooLarge;
+    tiles.chunks = static_cast<unsigned>(chunks);
     const dim3 grid(static_cast<unsigned>(blocks));
     switch (activation) {
         case kSilu: return f(Number<kSilu>{}, grid, tiles);

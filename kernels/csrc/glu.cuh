@@ -11,13 +11,14 @@ constexpr int kGluThreads = 256;
 
 // Where a thread works: the vectors of a row are cut into chunks of 2^shift threads, the threads of a block go to rows.
 struct GluTiles {
-    int64_t rows, vectors, chunks;
+    int64_t rows, vectors;
+    unsigned chunks;
     int shift;
 
     __device__ __forceinline__ bool mine(int64_t& row, int64_t& vector) const {
-        const int64_t tile = blockIdx.x;
-        row = tile / chunks * (kGluThreads >> shift) + (threadIdx.x >> shift);
-        vector = (tile % chunks << shift) + (threadIdx.x & ((1 << shift) - 1));
+        const unsigned line = blockIdx.x / chunks, chunk = blockIdx.x - line * chunks;
+        row = static_cast<int64_t>(line) * (kGluThreads >> shift) + (threadIdx.x >> shift);
+        vector = (static_cast<int64_t>(chunk) << shift) + (threadIdx.x & ((1 << shift) - 1));
         return row < rows && vector < vectors;
     }
 };
@@ -52,8 +53,8 @@ __global__ void __launch_bounds__(kGluThreads) glu_rows(const T* xy, int64_t str
     if (!tiles.mine(row, i)) return;
     const Part* in = reinterpret_cast<const Part*>(xy + row * stride);
     float gate[V], up[V];
-    unpack(in[i], gate);
-    unpack(in[tiles.vectors + i], up);
+    unpack(read(in + i), gate);
+    unpack(read(in + tiles.vectors + i), up);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
         float slope;
@@ -71,9 +72,9 @@ __global__ void __launch_bounds__(kGluThreads)
     if (!tiles.mine(row, i)) return;
     const Part* in = reinterpret_cast<const Part*>(xy + row * stride);
     float gate[V], up[V], d[V];
-    unpack(in[i], gate);
-    unpack(in[tiles.vectors + i], up);
-    unpack(reinterpret_cast<const Part*>(dy + row * dy_stride)[i], d);
+    unpack(read(in + i), gate);
+    unpack(read(in + tiles.vectors + i), up);
+    unpack(read(reinterpret_cast<const Part*>(dy + row * dy_stride) + i), d);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
         float slope;

@@ -16,6 +16,25 @@ __device__ __forceinline__ int moe_bin(Id expert, int experts) {
     return expert >= 0 && expert < experts ? static_cast<int>(expert) : experts;  // the last: slots without a row
 }
 
+constexpr int kMoeAhead = 8;  // rounds of a warp whose experts are read before the first is needed
+
+// Calls f(slot, its expert) for the slots of a tile, a lane for each, and for those up to a multiple of 32.
+template <class Id, class F>
+__device__ __forceinline__ void moe_each_slot(const Id* expert_of, int begin, int end, F&& f) {
+    for (int base = begin; base < end; base += 32 * kMoeAhead) {
+        Id experts[kMoeAhead];
+#pragma unroll
+        for (int k = 0; k < kMoeAhead; ++k) {
+            const int slot = base + 32 * k + threadIdx.x;
+            experts[k] = slot < end ? expert_of[slot] : -1;
+        }
+#pragma unroll
+        for (int k = 0; k < kMoeAhead; ++k) {
+            if (base + 32 * k < end) f(base + 32 * k + static_cast<int>(threadIdx.x), experts[k]);
+        }
+    }
+}
+
 // A warp for each tile. counts: [experts + 1, tiles].
 template <class Id>
 __global__ void __launch_bounds__(32) moe_count(const Id* expert_of, int slots, int experts, int tile, int* counts) {
@@ -23,13 +42,12 @@ __global__ void __launch_bounds__(32) moe_count(const Id* expert_of, int slots, 
     for (int bin = threadIdx.x; bin <= experts; bin += 32) found[bin] = 0;
     __syncwarp();
     const int begin = blockIdx.x * tile, end = min(begin + tile, slots);
-    for (int base = begin; base < end; base += 32) {
-        const int slot = base + threadIdx.x;
-        const int bin = slot < end ? moe_bin(expert_of[slot], experts) : -1;
+    moe_each_slot(expert_of, begin, end, [&](int slot, Id expert) {
+        const int bin = slot < end ? moe_bin(expert, experts) : -1;
         const unsigned alike = __match_any_sync(0xffffffffu, bin);
         if (bin >= 0 && __ffs(alike) - 1 == static_cast<int>(threadIdx.x)) found[bin] += __popc(alike);
         __syncwarp();
-    }
+    });
     for (int bin = threadIdx.x; bin <= experts; bin += 32) {
         counts[static_cast<int64_t>(bin) * gridDim.x + blockIdx.x] = found[bin];
     }
@@ -78,9 +96,7 @@ __global__ void __launch_bounds__(32) moe_place(const Id* expert_of, int slots, 
     }
     __syncwarp();
     const int begin = blockIdx.x * tile, end = min(begin + tile, slots);
-    for (int base = begin; base < end; base += 32) {
-        const int slot = base + threadIdx.x;
-        const Id expert = slot < end ? expert_of[slot] : -1;
+    moe_each_slot(expert_of, begin, end, [&](int slot, Id expert) {
         const int bin = slot < end ? moe_bin(expert, experts) : -1;
         const unsigned alike = __match_any_sync(0xffffffffu, bin);
         const int rank = __popc(alike & ((1u << threadIdx.x) - 1));
@@ -93,7 +109,7 @@ __global__ void __launch_bounds__(32) moe_place(const Id* expert_of, int slots, 
             place[slot] = !dropped ? row : meant ? kDropped : kInvalid;
         }
         __syncwarp();
-    }
+    });
 }
 
 // The inverse of `order`, for slots that have a row; the others were set to kDropped before.

@@ -1,5 +1,6 @@
 #include "norms.cuh"
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "launch.h"
@@ -8,21 +9,25 @@
 namespace megapt {
 namespace {
 
-template <int n>
+template <int n, int of_each>
 struct Group {
-    static constexpr int threads = n;
+    static constexpr int threads = n, each = of_each;
 };
 
-// Calls f with the group of threads that holds a row of so many vectors, or with Group<0> if none does.
+// Calls f with the group of threads that holds a row of so many vectors and how many each of them has, or with no
+// threads if none does. Three for each where two would leave many of the threads without work, as at 768 and 5120
+// elements of 16 bits.
 template <class F>
 int with_group(int64_t vectors, F&& f) {
-    if (vectors <= 8 * kVectors) return f(Group<8>{});
-    if (vectors <= 32 * kVectors) return f(Group<32>{});
-    if (vectors <= 128 * kVectors) return f(Group<128>{});
-    if (vectors <= 256 * kVectors) return f(Group<256>{});
-    if (vectors <= 512 * kVectors) return f(Group<512>{});
-    if (vectors <= 1024 * kVectors) return f(Group<1024>{});
-    return f(Group<0>{});
+    if (vectors <= 16) return f(Group<8, 2>{});
+    if (vectors <= 64) return f(Group<32, 2>{});
+    if (vectors <= 96) return f(Group<32, 3>{});
+    if (vectors <= 256) return f(Group<128, 2>{});
+    if (vectors <= 512) return f(Group<256, 2>{});
+    if (vectors <= 768) return f(Group<256, 3>{});
+    if (vectors <= 1024) return f(Group<512, 2>{});
+    if (vectors <= 2048) return f(Group<1024, 2>{});
+    return f(Group<0, 0>{});
 }
 
 // Whether rows can be read and written by vectors of 16 bytes.
@@ -48,23 +53,35 @@ int forward(const NormArguments& a, void* stream) {
             return launch(norm_wide_rows<T, V, mean>, dim3(rows), dim3(kNormThreads), 0, stream, a);
         } else {
             constexpr int threads = kGroupThreads<n>, groups = threads / n;
-            return launch(norm_rows<T, n, mean>, dim3((rows + groups - 1) / groups), dim3(threads), 0, stream, a);
+            return launch(norm_rows<T, n, decltype(group)::each, mean>, dim3((rows + groups - 1) / groups),
+                          dim3(threads), 0, stream, a);
         }
     });
 }
 
+// blocks: at most so many; lowered to those that stay on the device together.
 template <class T, bool mean>
-int backward(const NormGradArguments& a, unsigned blocks, void* stream) {
+int backward(const NormGradArguments& a, int64_t& blocks, void* stream) {
     constexpr int V = 16 / sizeof(T);
+    const auto run = [&](auto kernel, auto threads) {
+        constexpr int n = decltype(threads)::value;
+        blocks = std::min(blocks, static_cast<int64_t>(multiprocessors()) * kResident<n>);
+        return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(n), 0, stream, a);
+    };
+    constexpr std::integral_constant<int, kNormThreads> any_width{};
     if (!by_vectors(sizeof(T), a.width, {a.dy, a.ds, a.s, a.weight, a.dx, a.partial},
                     {a.dy_stride, a.ds_stride, a.s_stride}))
-        return launch(norm_wide_rows_backward<T, 1, mean>, dim3(blocks), dim3(kNormThreads), 0, stream, a);
+        return run(norm_wide_rows_backward<T, 1, mean>, any_width);
     return with_group(a.width / V, [&](auto group) {
-        constexpr int n = decltype(group)::threads;
-        if constexpr (n == 0 || (n == 1024 && mean && V == 8))  // two gradient sums leave such rows no registers
-            return launch(norm_wide_rows_backward<T, V, mean>, dim3(blocks), dim3(kNormThreads), 0, stream, a);
+        using G = decltype(group);
+        // Two gradient sums leave no registers for three vectors, nor for rows of 1024 threads.
+        constexpr bool more = mean && G::each == 3;
+        constexpr int n = !more ? G::threads : G::threads == 32 ? 128 : 512;
+        if constexpr (n == 0 || (n == 1024 && mean && V == 8))
+            return run(norm_wide_rows_backward<T, V, mean>, any_width);
         else
-            return launch(norm_rows_backward<T, n, mean>, dim3(blocks), dim3(kGroupThreads<n>), 0, stream, a);
+            return run(norm_rows_backward<T, n, more ? 2 : G::each, mean>,
+                       std::integral_constant<int, kGroupThreads<n>>{});
     });
 }
 
@@ -78,10 +95,9 @@ int64_t megapt_norm_backward_blocks(int64_t rows, int64_t width, int dtype) {
     int64_t blocks = 0;
     with_group((width + V - 1) / V, [&](auto group) {
         constexpr int n = decltype(group)::threads, threads = n ? kGroupThreads<n> : kNormThreads;
-        constexpr int groups = n ? threads / n : 1;
-        const int64_t resident = static_cast<int64_t>(multiprocessors()) * kResident<threads>;
-        const int64_t needed = (rows + groups - 1) / groups;
-        blocks = needed < resident ? needed : resident;
+        // Rows of 1024 threads may go to the blocks of kNormThreads, of which more stay.
+        constexpr int stay = n == 1024 ? kResident<kNormThreads> : kResident<threads>, groups = n ? threads / n : 1;
+        blocks = std::min((rows + groups - 1) / groups, static_cast<int64_t>(multiprocessors()) * stay);
         return 0;
     });
     return blocks;
@@ -109,8 +125,8 @@ int megapt_norm_backward(const void* dy, int64_t dy_stride, const void* ds, int6
     if (rows > 0) {
         const int code = dispatch(dtype, [&](auto type) {
             using T = typename decltype(type)::type;
-            const unsigned grid = static_cast<unsigned>(blocks);
-            return db ? backward<T, true>(a, grid, stream) : backward<T, false>(a, grid, stream);
+            const auto run = db ? backward<T, true> : backward<T, false>;
+            return run(a, blocks, stream);
         });
         if (code) return code;
     }

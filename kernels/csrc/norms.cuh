@@ -1,6 +1,6 @@
 // RMSNorm and LayerNorm of rows, alone or of a sum with a residual, and their gradients.
 //
-// A row belongs to a group of threads: a part of a warp, or a whole block. Up to 2 vectors of 16 bytes a thread it
+// A row belongs to a group of threads: a part of a warp, or a whole block. Up to 2 or 3 vectors of 16 bytes a thread it
 // stays in registers, so that memory is read once and written once. Wider rows, and rows that vectors cannot read, are
 // read again for the second pass, by then mostly from the caches.
 #pragma once
@@ -32,7 +32,6 @@ struct NormGradArguments {
     bool wide;
 };
 
-constexpr int kVectors = 2;        // of a row, for each of its threads
 constexpr int kNormThreads = 256;  // of a block for rows that are not kept
 template <int group>
 constexpr int kGroupThreads = group < 128 ? 128 : group;  // of a block
@@ -41,15 +40,15 @@ constexpr int kGroupThreads = group < 128 ? 128 : group;  // of a block
 template <int threads>
 constexpr int kResident = threads < 512 ? 512 / threads : 1;
 
-// What a thread has of a row.
-template <class T, int V>
+// What a thread has of a row: `each` vectors.
+template <class T, int V, int each>
 struct Row {
-    Packed<T, V> part[kVectors];
+    Packed<T, V> part[each];
 };
 
 template <class T, int V>
 __device__ __forceinline__ Packed<T, V> load(const void* from, int64_t vector) {
-    return static_cast<const Packed<T, V>*>(from)[vector];
+    return read(static_cast<const Packed<T, V>*>(from) + vector);
 }
 
 template <class T, int V>
@@ -128,7 +127,7 @@ private:
 };
 
 // y and, with a residual, the sum. mean: LayerNorm rather than RMSNorm.
-template <class T, int group, bool mean>
+template <class T, int group, int each, bool mean>
 __global__ void __launch_bounds__(kGroupThreads<group>) norm_rows(NormArguments a) {
     constexpr int V = 16 / sizeof(T), groups = kGroupThreads<group> / group;
     __shared__ float scratch[GroupSum<group>::kScratch];
@@ -139,17 +138,21 @@ __global__ void __launch_bounds__(kGroupThreads<group>) norm_rows(NormArguments 
     const int64_t mine = row < a.rows ? vectors : 0;
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
 
-    Row<T, V> s = {};
+    Row<T, V, each> s = {};
 #pragma unroll
-    for (int p = 0; p < kVectors; ++p)
+    for (int p = 0; p < each; ++p)
         if (lane + p * group < mine) s.part[p] = load<T, V>(x, lane + p * group);
     if (a.residual) {
         const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
         Packed<T, V>* sum = reinterpret_cast<Packed<T, V>*>(static_cast<T*>(a.sum) + row * a.width);
+        Row<T, V, each> other = {};  // all of it before the first result is written, which might be what is read next
 #pragma unroll
-        for (int p = 0; p < kVectors; ++p) {
+        for (int p = 0; p < each; ++p)
+            if (lane + p * group < mine) other.part[p] = load<T, V>(residual, lane + p * group);
+#pragma unroll
+        for (int p = 0; p < each; ++p) {
             if (lane + p * group >= mine) continue;
-            s.part[p] = add(s.part[p], load<T, V>(residual, lane + p * group));
+            s.part[p] = add(s.part[p], other.part[p]);
             sum[lane + p * group] = s.part[p];
         }
     }
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(kGroupThreads<group>) norm_rows(NormArguments 
     if constexpr (mean) {
         float total[1] = {};
 #pragma unroll
-        for (int p = 0; p < kVectors; ++p) {
+        for (int p = 0; p < each; ++p) {
             float e[V];
             unpack(s.part[p], e);
 #pragma unroll
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(kGroupThreads<group>) norm_rows(NormArguments 
     }
     float squares[1] = {};
 #pragma unroll
-    for (int p = 0; p < kVectors; ++p) {
+    for (int p = 0; p < each; ++p) {
         if (lane + p * group >= mine) continue;
         float e[V];
         unpack(s.part[p], e);
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__(kGroupThreads<group>) norm_rows(NormArguments 
 
     T* y = static_cast<T*>(a.y) + row * a.width;
 #pragma unroll
-    for (int p = 0; p < kVectors; ++p) {
+    for (int p = 0; p < each; ++p) {
         if (lane + p * group >= mine) continue;
         float e[V], w[V], b[V] = {};
         unpack(s.part[p], e);
@@ -255,11 +258,11 @@ __global__ void __launch_bounds__(kNormThreads) norm_wide_rows(NormArguments a) 
 // With n = (s - mean) rstd: dx = rstd (dy w - n mean(dy w n) - mean(dy w)) + ds, the last mean with LayerNorm only;
 // the weight's gradient is the sum of dy n over rows, the bias's of dy. Blocks stay and take rows in turn; the gradient
 // sums stay in registers.
-template <class T, int group, bool mean>
+template <class T, int group, int each, bool mean>
 __global__ void __launch_bounds__(kGroupThreads<group>, kResident<kGroupThreads<group>>)
     norm_rows_backward(NormGradArguments a) {
     constexpr int V = 16 / sizeof(T), threads = kGroupThreads<group>, groups = threads / group;
-    constexpr int held = kVectors * V;  // elements of a row that a thread has
+    constexpr int held = each * V;  // elements of a row that a thread has
     // Where there are registers for it, this row stays in them, and the next is on its way while it is summed up; else
     // the second pass reads from the caches.
     constexpr bool kept = group < 1024;
@@ -269,14 +272,35 @@ __global__ void __launch_bounds__(kGroupThreads<group>, kResident<kGroupThreads<
     const int64_t vectors = a.width / V, step = static_cast<int64_t>(gridDim.x) * groups;
     const float inverse = 1.f / a.width;
 
-    float dw[kVectors][V] = {}, db[mean ? kVectors : 1][V] = {};
+    float dw[each][V] = {}, db[mean ? each : 1][V] = {};
+    // So does a thread's part of the weight, which is every row's, where there are registers for that too.
+    constexpr bool weight_kept = kept && !mean && each == 2;
+    float weight[weight_kept ? each : 1][V];
+    const auto read_weight = [&](int p, float (&w)[V]) {
+        load_weight<T>(a.weight, lane + p * group, a.wide, w);
+#pragma unroll
+        for (int k = 0; k < V; ++k) w[k] += a.offset;
+    };
+    const auto weigh = [&](int p, float (&w)[V]) {
+        if constexpr (weight_kept) {
+#pragma unroll
+            for (int k = 0; k < V; ++k) w[k] = weight[p][k];
+        } else {
+            read_weight(p, w);
+        }
+    };
     const auto part = [&](const void* rows, int64_t stride, int64_t row, int p) {
         return load<T, V>(static_cast<const T*>(rows) + row * stride, lane + p * group);
     };
-    Row<T, V> s, dy, ds = {}, next_s = {}, next_dy = {};
+    Row<T, V, each> s, dy, ds = {}, next_s = {}, next_dy = {};
+    float next_r = 0.f, next_middle = 0.f;
     const auto fetch_next = [&](int64_t row) {
+        if (row < a.rows) {
+            next_r = a.rstd[row];
+            if constexpr (mean) next_middle = a.mean[row];
+        }
 #pragma unroll
-        for (int p = 0; p < kVectors; ++p) {
+        for (int p = 0; p < each; ++p) {
             if (row >= a.rows || lane + p * group >= vectors) continue;
             next_s.part[p] = part(a.s, a.s_stride, row, p);
             next_dy.part[p] = part(a.dy, a.dy_stride, row, p);
@@ -285,46 +309,55 @@ __global__ void __launch_bounds__(kGroupThreads<group>, kResident<kGroupThreads<
 
     int64_t first = static_cast<int64_t>(blockIdx.x) * groups;  // of the block's rows of this round
     if constexpr (kept) fetch_next(first + number);
+    if constexpr (weight_kept) {
+#pragma unroll
+        for (int p = 0; p < each; ++p)
+            if (lane + p * group < vectors) read_weight(p, weight[p]);
+    }
     for (; first < a.rows; first += step) {
         const int64_t row = first + number, mine = row < a.rows ? vectors : 0;
+        float r = 0.f, middle = 0.f;
         if constexpr (kept) {
-            s = next_s, dy = next_dy;
+            s = next_s, dy = next_dy, r = next_r, middle = next_middle;
 #pragma unroll
-            for (int p = 0; p < kVectors; ++p)
+            for (int p = 0; p < each; ++p)
                 if (a.ds && lane + p * group < mine) ds.part[p] = part(a.ds, a.ds_stride, row, p);
             fetch_next(row + step);
+        } else if (mine) {
+            r = a.rstd[row];
+            if constexpr (mean) middle = a.mean[row];
         }
-        const float r = mine ? a.rstd[row] : 0.f, middle = mean && mine ? a.mean[row] : 0.f;
         float along[mean ? 2 : 1] = {};
 #pragma unroll
-        for (int p = 0; p < kVectors; ++p) {
+        for (int p = 0; p < each; ++p) {
             if (lane + p * group >= mine) continue;
             float e[V], g[V], w[V];
             unpack(kept ? s.part[p] : part(a.s, a.s_stride, row, p), e);
             unpack(kept ? dy.part[p] : part(a.dy, a.dy_stride, row, p), g);
-            load_weight<T>(a.weight, lane + p * group, a.wide, w);
+            weigh(p, w);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
                 const float n = (e[k] - middle) * r;
                 dw[p][k] += g[k] * n;
                 if constexpr (mean) db[p][k] += g[k];
-                along[0] += g[k] * (w[k] + a.offset) * n;
-                if constexpr (mean) along[1] += g[k] * (w[k] + a.offset);
+                along[0] += g[k] * w[k] * n;
+                if constexpr (mean) along[1] += g[k] * w[k];
             }
         }
         sum_up(along);
+        const float slope = along[0] * inverse * r;
         T* dx = static_cast<T*>(a.dx) + row * a.width;
 #pragma unroll
-        for (int p = 0; p < kVectors; ++p) {
+        for (int p = 0; p < each; ++p) {
             if (lane + p * group >= mine) continue;
             float e[V], g[V], w[V], more[V];
             unpack(kept ? s.part[p] : part(a.s, a.s_stride, row, p), e);
             unpack(kept ? dy.part[p] : part(a.dy, a.dy_stride, row, p), g);
             unpack(kept || !a.ds ? ds.part[p] : part(a.ds, a.ds_stride, row, p), more);
-            load_weight<T>(a.weight, lane + p * group, a.wide, w);
+            weigh(p, w);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
-                float d = g[k] * (w[k] + a.offset) - (e[k] - middle) * r * (along[0] * inverse);
+                float d = g[k] * w[k] - (e[k] - middle) * slope;
                 if constexpr (mean) d -= along[1] * inverse;
                 e[k] = d * r + more[k];
             }
@@ -337,12 +370,12 @@ __global__ void __launch_bounds__(kGroupThreads<group>, kResident<kGroupThreads<
     const auto hand_over = [&](const float(*mine)[V], float* to) {
         if constexpr (groups == 1) {
 #pragma unroll
-            for (int p = 0; p < kVectors; ++p)
+            for (int p = 0; p < each; ++p)
                 if (lane + p * group < vectors) store<float>(to, lane + p * group, mine[p]);
         } else {
             __syncthreads();
 #pragma unroll
-            for (int p = 0; p < kVectors; ++p)
+            for (int p = 0; p < each; ++p)
 #pragma unroll
                 for (int k = 0; k < V; ++k) parts[number][(lane + p * group) * V + k] = mine[p][k];
             __syncthreads();
@@ -419,7 +452,7 @@ __global__ void __launch_bounds__(32 * kPartsAtOnce)
     const float* from = partial + blockIdx.y * blocks * width;
     float total = 0.f;
     if (column < width) {
-#pragma unroll 4
+#pragma unroll 8
         for (int64_t b = number; b < blocks; b += kPartsAtOnce) total += from[b * width + column];
     }
     parts[number][lane] = total;

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 extern "C" {
-// How many partial sums of the weight's (and bias's) gradient the backward makes: [blocks, width] floats each.
+// How many partial sums of the weight's (and bias's) gradient the backward makes at most: [blocks, width] floats each.
 int64_t megapt_norm_backward_blocks(int64_t rows, int64_t width, int dtype);
 
 int megapt_norm(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride, const void* weight,

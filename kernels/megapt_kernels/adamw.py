@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megapt_kernels import library
+from megapt_kernels.arguments import check_numbers, check_tensors
 from megapt_kernels.blocks import row_blocks
 from megapt_kernels.registry import Implementation, Operation, Unsupported
 
@@ -58,10 +59,14 @@ def adamw_step_(
     which the host does not read. The weights are the masters rounded to nearest. Gradients are used up: some
     implementations leave them divided by `scale`.
     """
+    _check_list("adamw_step_", "shards", shards, AdamWShard)
     if not shards:
         return
     options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, step=step, scale=scale, skip=skip)
     _step(shards, **options, impl=impl)
+    if not torch.compiler.is_compiling():  # as PyTorch's own operators do, for autograd to notice
+        written = [(s.master, s.exp_avg, s.exp_avg_sq, *(() if s.weights is None else (s.weights,))) for s in shards]
+        torch.autograd.graph.increment_version([t for tensors in written for t in tensors])
 
 
 @torch.no_grad()
@@ -71,10 +76,19 @@ def squared_norm(tensors: Sequence[Tensor], *, device: torch.device | None = Non
     The same tensors give the same bits. Squares are exact and sums fp64's, but for `torch`, which adds up a block of
     elements in fp32: there elements beyond 1.8e19 give infinity. device: of the zero that no tensors give.
     """
+    _check_list("squared_norm", "tensors", tensors, Tensor)
     return _norm(tensors, device=device, impl=impl)
 
 
 # ---- what is asked for
+
+
+def _check_list(op: str, name: str, items: Any, kind: type) -> None:
+    if not isinstance(items, (list, tuple)):
+        raise Unsupported(f"{op}: {name} is a list of {kind.__name__}, not {type(items).__name__}")
+    for number, item in enumerate(items):
+        if not isinstance(item, kind):
+            raise Unsupported(f"{op}: {name}[{number}] is of type {kind.__name__}, not {type(item).__name__}")
 
 
 def _check_step(
@@ -87,18 +101,22 @@ def _check_step(
     scale: Tensor,
     skip: Tensor,
 ) -> None:
-    if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+    check_numbers("adamw_step_", lr=lr, eps=eps)
+    pair = isinstance(betas, (list, tuple)) and len(betas) == 2 and all(isinstance(b, (int, float)) for b in betas)
+    if not (pair and all(0 <= beta < 1 for beta in betas)):
         raise Unsupported(f"adamw_step_: betas are two numbers in [0, 1), not {betas!r}")
     for name, number in (("lr", lr), ("eps", eps)):
-        if not (math.isfinite(number) and number >= 0):
+        if number < 0:
             raise Unsupported(f"adamw_step_: {name} is a finite number of at least 0, not {number!r}")
     if not shards:
         return
+    check_tensors("adamw_step_", step=step, scale=scale, skip=skip)
+    check_tensors("adamw_step_", **{"shards[0].master": shards[0].master})
     device, dtype = shards[0].master.device, shards[0].master.dtype
     if dtype not in (torch.float32, torch.float64):
         raise Unsupported(f"adamw_step_: shards[0].master is float32 or float64, not {dtype}")
     for name, scalar in (("step", step), ("scale", scale), ("skip", skip)):
-        if scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != device:
+        if scalar.numel() != 1 or scalar.dim() > 1 or scalar.dtype != torch.float32 or scalar.device != device:
             raise Unsupported(
                 f"adamw_step_: {name} is a float32 scalar on {device}, not {scalar.dtype} {list(scalar.shape)} on "
                 f"{scalar.device}"
@@ -108,6 +126,30 @@ def _check_step(
             _check_flat(f"shards[{number}].{name}", getattr(shard, name), shard.master.shape, device, (dtype,))
         if shard.weights is not None:
             _check_flat(f"shards[{number}].weights", shard.weights, shard.master.shape, device, _WEIGHTS)
+        factors = {"weight_decay": shard.weight_decay, "lr_factor": shard.lr_factor}
+        check_numbers("adamw_step_", **{f"shards[{number}].{name}": value for name, value in factors.items()})
+    if not (torch.compiler.is_compiling() or device.type == "meta"):
+        _check_apart(shards)
+
+
+def _check_apart(shards: Sequence[AdamWShard]) -> None:
+    """Unsupported where tensors share memory: the kernels read and write them in no order."""
+    places = []
+    for number, shard in enumerate(shards):
+        for name in ("master", "grad", "exp_avg", "exp_avg_sq", "weights"):
+            t = getattr(shard, name)
+            if t is not None and t.is_neg():
+                raise Unsupported(
+                    f"adamw_step_: shards[{number}].{name} is a negated view; resolve_neg() makes it plain"
+                )
+            if t is not None and t.numel():
+                places.append((t.data_ptr(), t.data_ptr() + t.nbytes, number, name))
+    places.sort()
+    for (_, end, number, name), (start, _, other, another) in pairwise(places):
+        if start < end:
+            raise Unsupported(
+                f"adamw_step_: shards[{number}].{name} and shards[{other}].{another} share memory; each has its own"
+            )
 
 
 def _check_flat(
@@ -118,6 +160,7 @@ def _check_flat(
     dtypes: Sequence[torch.dtype],
     op: str = "adamw_step_",
 ) -> None:
+    check_tensors(op, **{name: t})
     if t.dim() != 1 or t.shape != shape or not t.is_contiguous():
         raise Unsupported(
             f"{op}: {name} is contiguous with shape {list(shape)}, 1-D, not {list(t.shape)} with strides {t.stride()}"
@@ -129,6 +172,8 @@ def _check_flat(
 
 
 def _check_norm(tensors: Sequence[Tensor], *, device: torch.device | None = None) -> None:
+    if device is not None and not isinstance(device, torch.device):
+        raise Unsupported(f"squared_norm: device is a torch.device, not {type(device).__name__}")
     for number, t in enumerate(tensors):
         expected = tensors[0].device if device is None else device
         dtypes = (tensors[0].dtype,) if number else (torch.float32, torch.float64)

@@ -7,7 +7,6 @@ No back end keeps the matrix of all scores. Which one runs follows from the mach
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapt_kernels.arguments import check_flags, check_numbers, check_tensors, check_whole
 from megapt_kernels.attention_backends import (
+    cuda_flash,
     eager,
     flash_attn,
     torch_flex,
@@ -25,7 +26,7 @@ from megapt_kernels.attention_backends import (
 )
 from megapt_kernels.attention_backends.case import Case, Supports, case_of
 from megapt_kernels.attention_backends.documents import remembered
-from megapt_kernels.registry import Explanation, Implementation, Operation, Unsupported
+from megapt_kernels.registry import Explanation, Implementation, Operation, Unsupported, without_autocast
 from megapt_kernels.tracing import constant
 
 _log = logging.getLogger("megapt_kernels")
@@ -69,12 +70,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = CAUSAL, *, 
 
     Raises Unsupported where the arguments are wrong, or where nothing that `impl` allows takes them.
     """
+    check_tensors("attention", q=q, k=k, v=v)
     chosen = _OPERATION.choose(q, k, v, spec, impl=impl)
     case = case_of(q, k, v, spec)
     _announce(chosen.name, str(q.device), str(q.dtype), case.causal, case.windowed, case.softcap, case.varied)
     if q.numel() == 0:
         return q + (k.sum() + v.sum())  # nothing, with gradients of nothing
-    return chosen.run(*(t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v)), spec)
+    with without_autocast():
+        return chosen.run(*(t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v)), spec)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = CAUSAL) -> None:
@@ -104,16 +107,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = CAUSAL) -> Non
 
 
 def _check_spec(spec: AttentionSpec, batch: int, length: int) -> None:
+    if not isinstance(spec, AttentionSpec):
+        raise Unsupported(f"attention: spec is an AttentionSpec, not {type(spec).__name__}")
+    check_flags("attention", **{"spec.causal": spec.causal, "spec.deterministic": spec.deterministic})
+    optional = {"spec.scale": spec.scale, "spec.softcap": spec.softcap}
+    check_numbers("attention", **{name: value for name, value in optional.items() if value is not None})
     if spec.window is not None:
+        check_whole("attention", **{"spec.window": spec.window})
         if not spec.causal:
             raise Unsupported("attention: spec.window looks back, so that spec.causal must be True")
         if spec.window < 1:
             raise Unsupported(f"attention: spec.window counts the token itself and is at least 1, not {spec.window}")
-    if spec.softcap is not None and not (spec.softcap > 0 and math.isfinite(spec.softcap)):
+    if spec.softcap is not None and not spec.softcap > 0:
         raise Unsupported(f"attention: spec.softcap is positive, not {spec.softcap}")
-    if spec.scale is not None and not math.isfinite(spec.scale):
-        raise Unsupported(f"attention: spec.scale is finite, not {spec.scale}")
     if spec.lengths is not None:
+        if not (isinstance(spec.lengths, tuple) and all(type(size) is int for size in spec.lengths)):
+            raise Unsupported(f"attention: spec.lengths is a tuple of whole numbers, not {spec.lengths!r}")
         _check_lengths(spec.lengths, batch, length)
 
 
@@ -145,6 +154,7 @@ _BACK_ENDS: dict[str, tuple[str, Supports, Callable[..., Tensor]]] = {
     "torch varlen": ("library", torch_varlen.supports, torch_varlen.run),
     "torch efficient": ("library", torch_sdpa.supports_efficient, torch_sdpa.run_efficient),
     "triton": ("triton", triton_flash.supports, triton_flash.run),
+    "cuda": ("cuda", cuda_flash.supports, cuda_flash.run),
     "torch flex": ("library", torch_flex.supports, torch_flex.run),
     "torch": ("library", eager.supports_flash, eager.run_flash),
     "blockwise": ("reference", eager.supports_blockwise, eager.run_blockwise),
@@ -153,16 +163,16 @@ _BACK_ENDS: dict[str, tuple[str, Supports, Callable[..., Tensor]]] = {
 # Fastest first where documents are equally long and where they are not; what is not named follows in the order above.
 _Table = tuple[tuple[str, ...], tuple[str, ...]]
 _HOPPER: _Table = (
-    ("flash-attn 3", "flash-attn 4", "torch cudnn", "torch flash", "flash-attn 2", "triton", "torch efficient"),
-    ("flash-attn 3", "flash-attn 4", "flash-attn 2", "torch varlen", "triton", "torch flex", "torch efficient"),
+    ("flash-attn 3", "flash-attn 4", "torch cudnn", "torch flash", "flash-attn 2", "triton", "cuda", "torch efficient"),
+    ("flash-attn 3", "flash-attn 4", "flash-attn 2", "torch varlen", "triton", "cuda", "torch flex", "torch efficient"),
 )
 _BLACKWELL: _Table = (
-    ("flash-attn 4", "torch cudnn", "torch flash", "flash-attn 2", "triton", "torch efficient"),
-    ("flash-attn 4", "flash-attn 2", "torch varlen", "triton", "torch flex", "torch efficient"),
+    ("flash-attn 4", "torch cudnn", "torch flash", "flash-attn 2", "triton", "cuda", "torch efficient"),
+    ("flash-attn 4", "flash-attn 2", "torch varlen", "triton", "cuda", "torch flex", "torch efficient"),
 )
 _OTHER_GPU: _Table = (
-    ("flash-attn 2", "torch flash", "torch cudnn", "triton", "torch efficient"),
-    ("flash-attn 2", "torch varlen", "triton", "torch flex", "torch efficient"),
+    ("flash-attn 2", "torch flash", "torch cudnn", "triton", "cuda", "torch efficient"),
+    ("flash-attn 2", "torch varlen", "triton", "cuda", "torch flex", "torch efficient"),
 )
 # In fp32 our kernel multiplies without tensor cores.
 _WIDE: _Table = (("torch efficient", "triton"), ("triton", "torch efficient"))

@@ -40,13 +40,24 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def undefined_as_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The CPU's flash kernel's result and logs [D, heads, S], with NaN where no score of a query is a number or above
+    minus infinity: the kernel gives zeros there, and a NaN in training would be lost in them."""
+    lost = lse == 0
+    if not lost.any():
+        return out, lse
+    own = (q.unflatten(1, (k.shape[1], -1)).to(lse.dtype) * k.unsqueeze(2).to(lse.dtype)).sum(4).flatten(1, 2)
+    lost &= (out == 0).all(3) & ~own.isfinite()
+    return out.masked_fill_(lost.unsqueeze(3), float("nan")), lse.masked_fill_(lost, float("nan"))
+
+
 def attend_in_window(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """As `attend`, on a CPU, for scores without a cap; the logs are [D, heads, S]."""
     out, lse = _like(q), torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     for at, seen, mask in _spans(q, scores):
         part = q[:, :, at], k[:, :, seen], v[:, :, seen]
         out[:, :, at], lse[:, :, at] = _flash(*part, 0.0, mask is None, attn_mask=mask, scale=scores.scale)
-    return out, lse
+    return undefined_as_nan(out, lse, q, k)
 
 
 def attend_in_window_backward(

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megapt_kernels.arguments import check_numbers, check_tensors, check_whole, check_written
 from megapt_kernels.cross_entropy_blocks import (
     AllGather,
     CudaSoftmax,
@@ -31,7 +32,7 @@ from megapt_kernels.cross_entropy_blocks import (
     gather_of,
     gathered,
 )
-from megapt_kernels.registry import Implementation, Operation, Unsupported
+from megapt_kernels.registry import Implementation, Operation, Unsupported, without_autocast
 from megapt_kernels.wgrad import wgrad_accumulate_
 
 _Softmax = type[PlainSoftmax] | type[CudaSoftmax]
@@ -73,7 +74,8 @@ def vocab_parallel_cross_entropy(
     z_loss: weight of log(Z)^2, Z the softmax's denominator (PaLM, arXiv 2204.02311): in the gradient only, not in the
     value. The gradient is exact; nothing small is filtered out of it.
     """
-    start, length = _columns(logits.shape[-1], group, start, length)
+    check_tensors("vocab_parallel_cross_entropy", logits=logits)
+    start, length = _columns("vocab_parallel_cross_entropy", logits, -1, group, start, length)
     return OPERATIONS["vocab_parallel_cross_entropy"](
         logits, target, group, start=start, length=length, ignore_index=ignore_index, softcap=softcap, z_loss=z_loss,
         impl=impl,
@@ -99,14 +101,23 @@ def linear_cross_entropy(
     block of tokens at a time, in the forward pass, and turned at once into the gradients of h and of the weight (summed
     in fp32), which the backward pass only scales. With a group, h is the same on all ranks and so is its gradient.
     """
-    start, length = _columns(weight.shape[0], group, start, length)
+    check_tensors("linear_cross_entropy", weight=weight)
+    start, length = _columns("linear_cross_entropy", weight, 0, group, start, length)
     return OPERATIONS["linear_cross_entropy"](
         h, weight, target, group, start=start, length=length, ignore_index=ignore_index, softcap=softcap, z_loss=z_loss,
         impl=impl,
     )  # fmt: skip
 
 
-def _columns(columns: int, group: Any, start: int | None, length: int | None) -> tuple[int, int]:
+def _columns(
+    op: str, tensor: Tensor, dimension: int, group: Any, start: int | None, length: int | None
+) -> tuple[int, int]:
+    if tensor.dim() != 2:
+        name = "logits" if dimension else "weight"
+        raise Unsupported(f"{op}: {name} has two dimensions, not shape {tuple(tensor.shape)}")
+    if group is not None and not (hasattr(group, "rank") and hasattr(group, "size")):
+        raise Unsupported(f"{op}: group is a process group or None, not {type(group).__name__}")
+    columns = tensor.shape[dimension]
     if start is None:
         start = 0 if group is None else group.rank() * columns
     return start, columns if length is None else length
@@ -131,11 +142,12 @@ def linear_cross_entropy_with_gradients(
     """What `linear_cross_entropy` computes, without autograd: (loss summed over tokens, a scalar in fp32; dh [T, H] in
     h's dtype: this rank's part, still to be summed over ranks; dw [V_local, H] in fp32). No gradients unless training.
     """
-    start, length = _columns(weight.shape[0], None, start, length)
+    start, length = _columns("linear_cross_entropy", weight, 0, None, start, length)
     keywords = dict(start=start, length=length, ignore_index=ignore_index, softcap=softcap, z_loss=z_loss)
     softmax_type: _Softmax = _SOFTMAX.choose(h, weight, labels, impl=impl, **keywords).run  # type: ignore[assignment]
     rules = Rules(start, length, ignore_index, softcap, z_loss)
-    return _with_gradients(softmax_type, rules, h, weight, labels, all_gather, ranks, training)
+    with without_autocast():
+        return _with_gradients(softmax_type, rules, h, weight, labels, all_gather, ranks, training)
 
 
 def _with_gradients(
@@ -256,7 +268,11 @@ def scaled_gradients(dh: Tensor, dw: Tensor, slope: Tensor, dtype: torch.dtype) 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _check_rules(op: str, columns: int, start: int, length: int, softcap: float | None, z_loss: float) -> None:
+def _check_rules(
+    op: str, columns: int, start: int, length: int, ignore_index: int, softcap: float | None, z_loss: float
+) -> None:
+    check_whole(op, start=start, length=length, ignore_index=ignore_index)
+    check_numbers(op, z_loss=z_loss, **({} if softcap is None else {"softcap": softcap}))
     if columns < 1:
         raise Unsupported(f"{op}: a rank has at least one column of logits, not 0")
     if start < 0:
@@ -270,6 +286,7 @@ def _check_rules(op: str, columns: int, start: int, length: int, softcap: float 
 
 
 def _check_target(op: str, target: Tensor, tokens: int, device: torch.device) -> None:
+    check_tensors(op, target=target)
     if target.dtype != torch.int64:
         raise Unsupported(f"{op}: target is int64, not {target.dtype}")
     if target.shape != (tokens,):
@@ -283,12 +300,15 @@ def _check_logits(
     softcap: float | None, z_loss: float,
 ) -> None:  # fmt: skip
     op = "vocab_parallel_cross_entropy"
+    check_tensors(op, logits=logits)
     if logits.dim() != 2:
         raise Unsupported(f"{op}: logits has two dimensions, tokens and columns, not shape {tuple(logits.shape)}")
     if logits.dtype not in _DTYPES:
         raise Unsupported(f"{op}: logits is bf16, fp16, fp32 or fp64, not {logits.dtype}")
     _check_target(op, target, logits.shape[0], logits.device)
-    _check_rules(op, logits.shape[1], start, length, softcap, z_loss)
+    _check_rules(op, logits.shape[1], start, length, ignore_index, softcap, z_loss)
+    if logits.requires_grad:
+        check_written(op, logits=logits)
 
 
 def _check_linear(
@@ -296,6 +316,7 @@ def _check_linear(
     softcap: float | None, z_loss: float,
 ) -> None:  # fmt: skip
     op = "linear_cross_entropy"
+    check_tensors(op, h=h, weight=weight)
     for name, tensor in (("h", h), ("weight", weight)):
         if tensor.dim() != 2:
             raise Unsupported(f"{op}: {name} has two dimensions, not shape {tuple(tensor.shape)}")
@@ -308,16 +329,18 @@ def _check_linear(
     if weight.shape[1] != h.shape[1]:
         raise Unsupported(f"{op}: weight has rows as wide as those of h, {h.shape[1]}, not {weight.shape[1]}")
     _check_target(op, target, h.shape[0], h.device)
-    _check_rules(op, weight.shape[0], start, length, softcap, z_loss)
+    _check_rules(op, weight.shape[0], start, length, ignore_index, softcap, z_loss)
 
 
 def _fill(
     first: Tensor, second: Tensor, *rest: Any, start: int | None = None, length: int | None = None, **keywords: Any
 ) -> dict[str, Any]:
     """Of (logits, target, group) or (h, weight, target, group)."""
+    check_tensors("cross entropy", logits=first, target=second)
     linear = second.dim() == 2
     group = rest[linear] if len(rest) > linear else keywords.get("group")
-    start, length = _columns(second.shape[0] if linear else first.shape[-1], group, start, length)
+    op = "linear_cross_entropy" if linear else "vocab_parallel_cross_entropy"
+    start, length = _columns(op, second if linear else first, 0 if linear else -1, group, start, length)
     return {"ignore_index": -100, "softcap": None, "z_loss": 0.0, **keywords, "start": start, "length": length}
 
 

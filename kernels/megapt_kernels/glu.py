@@ -52,7 +52,7 @@ def _check_swiglu(xy: Tensor) -> None:
 
 def _check_geglu(xy: Tensor, *, approximate: str = "tanh") -> None:
     _check("geglu", xy)
-    if approximate not in ("tanh", "none"):
+    if not isinstance(approximate, str) or approximate not in ("tanh", "none"):
         raise Unsupported(f"geglu: approximate is tanh or none, not {approximate!r}")
 
 
@@ -85,6 +85,7 @@ class _GLUReference(Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (y,) = ctx.saved_tensors
         dy = torch.empty_like(y)

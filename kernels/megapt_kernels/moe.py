@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megapt_kernels import library
+from megapt_kernels.arguments import check_tensors, check_whole
 from megapt_kernels.registry import Implementation, Operation, Unsupported
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -40,6 +42,8 @@ def moe_unpermute(rows: Tensor, order: Tensor, weights: Tensor, *, impl: str = "
 
 
 def _check_permute(x: Tensor, experts: Tensor, num_experts: int) -> None:
+    check_tensors("moe_permute", x=x, experts=experts)
+    check_whole("moe_permute", num_experts=num_experts)
     if x.dim() != 2 or x.dtype not in _DTYPES:
         raise Unsupported(
             f"moe_permute: x is [T, H] of {', '.join(map(str, _DTYPES))}, not {list(x.shape)} of {x.dtype}"
@@ -55,6 +59,7 @@ def _check_permute(x: Tensor, experts: Tensor, num_experts: int) -> None:
 
 
 def _check_unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> None:
+    check_tensors("moe_unpermute", rows=rows, order=order, weights=weights)
     if rows.dim() != 2 or rows.dtype not in _DTYPES:
         raise Unsupported(
             f"moe_unpermute: rows are [T k, H] of {', '.join(map(str, _DTYPES))}, not {list(rows.shape)} of "
@@ -101,10 +106,16 @@ def _reference_permute(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Te
 
 
 def _reference_unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    _insist((order >= -1).all(), "moe_unpermute: order has marks of experts that there are not")
     slots = len(order)
+    _insist((order >= -1).all(), "moe_unpermute: order has marks of experts that there are not")
+    _insist(
+        (order < slots).all(), f"moe_unpermute: order has slots in [0, {slots}), the rows, and -1 for those dropped"
+    )
     place = torch.full((slots + 1,), -1, dtype=torch.int64, device=order.device)
     place.scatter_(0, torch.where(order < 0, slots, order), torch.arange(slots, device=order.device))
+    _insist((place[:slots] >= 0).sum() == (order >= 0).sum(), "moe_unpermute: order has a slot more than once")
+    last = (order[:-1] >= 0) | (order[1:] < 0)
+    _insist(last.all(), "moe_unpermute: order has a dropped row before one that is not")
     place = place[:slots].view(weights.shape)
     y = torch.zeros(weights.shape[0], rows.shape[1], dtype=weights.dtype, device=rows.device)
     if slots == 0:
@@ -184,8 +195,11 @@ def _register() -> None:
         drows, dweights = ops.moe_unpermute_backward(grad.contiguous(), *ctx.saved_tensors)
         return drows, None, dweights
 
-    torch.library.register_autograd("megapt_kernels::moe_permute", permute_backward, setup_context=save_permute)
-    torch.library.register_autograd("megapt_kernels::moe_unpermute", unpermute_backward, setup_context=save_unpermute)
+    once = once_differentiable
+    torch.library.register_autograd("megapt_kernels::moe_permute", once(permute_backward), setup_context=save_permute)
+    torch.library.register_autograd(
+        "megapt_kernels::moe_unpermute", once(unpermute_backward), setup_context=save_unpermute
+    )
 
 
 library.on_load(_register)

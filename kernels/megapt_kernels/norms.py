@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megapt_kernels import library
+from megapt_kernels.arguments import check_numbers, check_tensors
 from megapt_kernels.blocks import row_blocks
 from megapt_kernels.registry import Implementation, Operation, Unsupported
 
@@ -59,8 +60,7 @@ def layer_norm(
 
 def check_floats(op: str, argument: str, t: Tensor) -> None:
     """Unsupported unless the argument is a tensor of floats."""
-    if not isinstance(t, Tensor):
-        raise Unsupported(f"{op}: {argument} must be a tensor, not {type(t).__name__}")
+    check_tensors(op, **{argument: t})
     if t.dtype not in FLOATS:
         raise Unsupported(f"{op}: {argument} must be {_named(FLOATS)}, not {t.dtype}")
 
@@ -75,6 +75,7 @@ def _check(op: str, x: Tensor, vectors: dict[str, Tensor], eps: float, residual:
             raise Unsupported(f"{op}: {name} must have shape [{x.shape[-1]}] as x's rows, not {list(vector.shape)}")
         if vector.device != x.device:
             raise Unsupported(f"{op}: {name} is on {vector.device} and x on {x.device}; they must be on one device")
+    check_numbers(op, eps=eps)
     if not eps >= 0:
         raise Unsupported(f"{op}: eps must be at least 0, not {eps}")
     if residual is None:
@@ -90,8 +91,7 @@ def _check_rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None, *, offset: float = 0.0
 ) -> None:
     _check("rms_norm", x, {"weight": weight}, eps, residual)
-    if not isinstance(offset, (int, float)):
-        raise Unsupported(f"rms_norm: offset must be a number, not {type(offset).__name__}")
+    check_numbers("rms_norm", offset=offset)
 
 
 def _check_layer_norm(
@@ -153,6 +153,7 @@ class _RMSNormReference(Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         w = _multiplier(weight, ctx.offset, scale.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,7 @@ class Operation:
         self.name, self.check, self.implementations, self.fill = name, check, tuple(implementations), fill
 
     def explain(self, *arguments: Any, impl: str = "auto", **keywords: Any) -> Explanation:
+        _check_transforms(self.name)
         self.check(*arguments, **keywords)
         wanted = self._wanted(impl)
         rejected = []
@@ -118,13 +119,17 @@ class Operation:
         return explanation.chosen
 
     def __call__(self, *arguments: Any, impl: str = "auto", **keywords: Any) -> Any:
-        return self.choose(*arguments, impl=impl, **keywords).run(*arguments, **keywords)
+        run = self.choose(*arguments, impl=impl, **keywords).run
+        with without_autocast():
+            return run(*arguments, **keywords)
 
     def _wanted(self, impl: str) -> str:
-        if impl == "auto":
+        if isinstance(impl, str) and impl == "auto":
             impl = _wanted_everywhere
+            if impl not in KINDS:
+                raise Unsupported(f"{self.name}: {ENVIRONMENT} is one of {', '.join(KINDS)}, not {impl!r}")
         names = [i.name for i in self.implementations]
-        if impl not in KINDS and impl not in names:
+        if not isinstance(impl, str) or (impl not in KINDS and impl not in names):
             raise Unsupported(f"{self.name}: impl is one of {', '.join([*KINDS, *names])}, not {impl!r}")
         return impl
 
@@ -143,14 +148,42 @@ def _emulated() -> bool:
     return library is not None and library.kind == "emulated"
 
 
-_wanted_everywhere = os.environ.get(ENVIRONMENT, "auto")
-if _wanted_everywhere not in KINDS:
-    raise Unsupported(f"{ENVIRONMENT} is one of {', '.join(KINDS)}, not {_wanted_everywhere!r}")
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    import torch
+
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+def without_autocast() -> AbstractContextManager[None]:
+    """Within it, what is computed in fp32 is not rounded to 16 bits by `torch.autocast` around the call."""
+    import torch
+
+    on = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return _no_autocast() if on else nullcontext()
+
+
+def _check_transforms(name: str) -> None:
+    """Operators of ours have no forward derivative, for which torch takes zero without a word."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        raise Unsupported(
+            f"{name}: torch.func's transforms (grad, vmap, jvp...) and forward-mode differentiation are not supported; "
+            "autograd's backward passes are"
+        )
+
+
+_wanted_everywhere = os.environ.get(ENVIRONMENT) or "auto"
 
 
 @contextmanager
 def use(impl: str) -> Iterator[None]:
-    """Within it, operations that are asked for `auto` take this kind of implementation instead."""
+    """Within it, operations that are asked for `auto` take this kind of implementation instead: in all threads, for
+    gradient checkpoints are computed again in others. Only one thread at a time may be within."""
     global _wanted_everywhere
     if impl not in KINDS:
         raise Unsupported(f"use: impl is one of {', '.join(KINDS)}, not {impl!r}")

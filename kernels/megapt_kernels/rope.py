@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megapt_kernels import library
+from megapt_kernels.arguments import check_tensors, check_whole, check_written
 from megapt_kernels.blocks import row_blocks
 from megapt_kernels.registry import Implementation, Operation, Unsupported
 
@@ -42,10 +43,10 @@ def rope_(
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, heads: int | None = None) -> None:
+    check_tensors("rope_", x=x, cos=cos, sin=sin)
     if x.dim() != 3 or (x.shape[2] > 1 and x.stride(2) != 1):
         raise Unsupported(f"rope_: x is [T, N, D] with unit stride in D, not {list(x.shape)} strided {x.stride()}")
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise Unsupported(f"rope_: x is turned in place and cannot be an expanded view (strides {x.stride()})")
+    check_written("rope_", x=x)
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise Unsupported(f"rope_: x is bfloat16, float16, float32 or float64, not {x.dtype}")
     table = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -61,14 +62,17 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
     if cos.shape[0] < 1:
         raise Unsupported("rope_: the table has at least one row, not 0")
     if positions is not None:
+        check_tensors("rope_", positions=positions)
         if positions.dtype not in (torch.int32, torch.int64) or positions.shape != x.shape[:1]:
             raise Unsupported(
                 f"rope_: positions are int32 or int64 [{x.shape[0]}], not {positions.dtype} {list(positions.shape)}"
             )
         if positions.device != x.device:
             raise Unsupported(f"rope_: positions are on {x.device} as x, not on {positions.device}")
-    if heads is not None and not 0 <= heads <= x.shape[1]:
-        raise Unsupported(f"rope_: heads is a number from 0 to N = {x.shape[1]}, not {heads}")
+    if heads is not None:
+        check_whole("rope_", heads=heads)
+        if not 0 <= heads <= x.shape[1]:
+            raise Unsupported(f"rope_: heads is a number from 0 to N = {x.shape[1]}, not {heads}")
 
 
 # ---- reference

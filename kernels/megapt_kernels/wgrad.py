@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapt_kernels.arguments import check_flags, check_tensors, check_written
 from megapt_kernels.registry import Implementation, Operation, Unsupported
+from megapt_kernels.tracing import constant
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -26,6 +28,8 @@ def wgrad_accumulate_(main_grad: Tensor, dy: Tensor, x: Tensor, *, fresh: bool =
 
 def _check(main_grad: Tensor, dy: Tensor, x: Tensor, *, fresh: bool = False) -> None:
     op = "wgrad_accumulate_"
+    check_tensors(op, main_grad=main_grad, dy=dy, x=x)
+    check_flags(op, fresh=fresh)
     for name, tensor in (("main_grad", main_grad), ("dy", dy), ("x", x)):
         if tensor.dim() != 2:
             raise Unsupported(f"{op}: {name} has two dimensions, not shape {tuple(tensor.shape)}")
@@ -40,6 +44,7 @@ def _check(main_grad: Tensor, dy: Tensor, x: Tensor, *, fresh: bool = False) -> 
         raise Unsupported(f"{op}: main_grad is {wide} for operands in {dy.dtype}, not {main_grad.dtype}")
     if x.shape[0] != dy.shape[0]:
         raise Unsupported(f"{op}: x has as many tokens as dy, {dy.shape[0]}, not {x.shape[0]}")
+    check_written(op, main_grad=main_grad)
     if main_grad.shape != (dy.shape[1], x.shape[1]):
         shape = (dy.shape[1], x.shape[1])
         raise Unsupported(f"{op}: main_grad is {shape} for this dy and x, not {tuple(main_grad.shape)}")
@@ -73,11 +78,16 @@ def _on_gpu(main_grad: Tensor, dy: Tensor) -> str | None:
 
 
 def _torch_supports(main_grad: Tensor, dy: Tensor, x: Tensor, *, fresh: bool = False) -> str | None:
-    # The operator is older, but before 2.11 wanted the sum that it adds to in the operands' dtype.
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if release < (2, 11) or "dtype_out" not in torch.ops.aten.addmm.overloads():
+    if not _adds_to_wide_sums():
         return f"products that add to fp32 need torch 2.11, this is {torch.__version__}"
     return _on_gpu(main_grad, dy)
+
+
+@constant
+def _adds_to_wide_sums() -> bool:
+    # The operator is older, but before 2.11 wanted the sum that it adds to in the operands' dtype.
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    return release >= (2, 11) and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 @torch.no_grad()

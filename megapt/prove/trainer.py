@@ -219,6 +219,8 @@ class Trainer:
 def run(rank: int, world: int, job: Job) -> Report:
     """All of one layout on one rank."""
     _prepare()
+    if job.config.compile:
+        torch.compiler.reset()  # ranks serve many layouts, and torch compiles a function for few shapes only
     trainer = Trainer(job.config, world)
     for step in range(STEPS):
         if step == SAVE_AFTER and job.save is not None:

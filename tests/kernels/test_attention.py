@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"spec": AttentionSpec(window=0)}, "spec.window .* at least 1, not 0"),
     "window ahead": ({"spec": AttentionSpec(window=2, causal=False)}, "spec.causal must be True"),
     "soft cap": ({"spec": AttentionSpec(softcap=0.0)}, "spec.softcap is positive, not 0.0"),
-    "scale": ({"spec": AttentionSpec(scale=float("nan"))}, "spec.scale is finite"),
+    "scale": ({"spec": AttentionSpec(scale=float("nan"))}, "spec.scale is a finite number"),
     "too few": ({"spec": AttentionSpec(lengths=(4, 3))}, "spec.lengths sums to 7 tokens; .* 2 x 4 = 8"),
     "over the end": ({"spec": AttentionSpec(lengths=(3, 2, 3))}, "document 1 of spec.lengths, tokens 3 to 4"),
     "negative": ({"spec": AttentionSpec(lengths=(4, 5, -1))}, "of a row of 4|-1 tokens"),

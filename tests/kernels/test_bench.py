@@ -516,3 +516,27 @@ def test_impl_all_leaves_the_emulator_out() -> None:
     assert not rival.wanted(("all",), cpu) and rival.wanted(("all",), cuda)
     assert rival.wanted(("cuda",), cpu) and rival.wanted(("cuda",), cpu)
     assert not replace(rival, kind="triton", name="triton").wanted(("cuda",), cpu)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"[1, 2]\n", "line 1 is a list"),
+        (b"{}\n", "line 1 lacks record"),
+        (b"\x94\xff", "can't decode"),
+        (b'{"op": "rms', "Unterminated string"),
+    ],
+)
+def test_compare_names_a_file_of_something_else(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "old.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(rows.Refused, match=words):
+        rows.read(path)
+
+
+@pytest.mark.parametrize("wrong", [["--seconds", "nan"], ["--plot", "picture.nope"]])
+def test_wrong_arguments_end_before_anything_is_measured(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["rms_norm", *wrong])
+    assert ended.value.code == 2

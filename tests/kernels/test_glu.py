@@ -159,7 +159,7 @@ def test_wrong_arguments_are_named(device: str) -> None:
     xy = torch.zeros(2, 8)
     for call, words in (
         (lambda: swiglu(xy.int()), "swiglu: xy must be bfloat16, float16, float32 or float64, not torch.int32"),
-        (lambda: geglu(None), "geglu: xy must be a tensor, not NoneType"),  # type: ignore[arg-type]
+        (lambda: geglu(None), "geglu: xy is a tensor, not NoneType"),  # type: ignore[arg-type]
         (lambda: swiglu(xy[:, :3]), r"swiglu: xy must have rows of gate and up, of one length, not the shape \[2, 3\]"),
         (lambda: swiglu(xy[:, :0]), "swiglu: xy must have rows"),
         (lambda: geglu(xy, approximate="erf"), "geglu: approximate is tanh or none, not 'erf'"),

@@ -302,15 +302,15 @@ def test_wrong_arguments_are_named() -> None:
     x, w = torch.zeros(2, 8), torch.zeros(8)
     for call, words in (
         (lambda: rms_norm(x.int(), w), "rms_norm: x must be bfloat16, float16, float32 or float64, not torch.int32"),
-        (lambda: rms_norm([1.0], w), "rms_norm: x must be a tensor, not list"),  # type: ignore[arg-type]
+        (lambda: rms_norm([1.0], w), "rms_norm: x is a tensor, not list"),  # type: ignore[arg-type]
         (lambda: rms_norm(torch.zeros(2, 0), w[:0]), "rms_norm: x must have rows of at least one element"),
         (lambda: rms_norm(x, w[:4]), r"rms_norm: weight must have shape \[8\] as x's rows, not \[4\]"),
         (lambda: rms_norm(x, w.to("meta")), "rms_norm: weight is on meta and x on cpu"),
         (lambda: rms_norm(x, w, -1.0), "rms_norm: eps must be at least 0, not -1.0"),
-        (lambda: rms_norm(x, w, math.nan), "rms_norm: eps must be at least 0, not nan"),
+        (lambda: rms_norm(x, w, math.nan), "rms_norm: eps is a finite number, not nan"),
         (lambda: rms_norm(x, w, residual=x[:1]), "rms_norm: residual must have x's shape"),
         (lambda: rms_norm(x, w, residual=x.half()), "rms_norm: residual must have x's dtype, torch.float32"),
-        (lambda: rms_norm(x, w, offset=None), "rms_norm: offset must be a number, not NoneType"),  # type: ignore[arg-type]
+        (lambda: rms_norm(x, w, offset=None), "rms_norm: offset is a number, not NoneType"),  # type: ignore[arg-type]
         (lambda: layer_norm(x, w, w.half()), "layer_norm: bias must have the weight's dtype"),
         (lambda: layer_norm(x, w, w[:3]), "layer_norm: bias must have shape"),
         (lambda: rms_norm(x, w, impl="fast"), "rms_norm: impl is one of"),

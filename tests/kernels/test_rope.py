@@ -166,7 +166,7 @@ def test_positions_outside_of_the_table(device: str) -> None:
     [
         ({"x": torch.zeros(4, 16)}, r"x is \[T, N, D\]"),
         ({"x": torch.zeros(4, 8, 2).mT}, "x is .* unit stride"),
-        ({"x": torch.zeros(1, 2, 8).expand(4, 2, 8)}, "x is turned in place"),
+        ({"x": torch.zeros(1, 2, 8).expand(4, 2, 8)}, "x is written to, and elements of it share memory"),
         ({"x": torch.zeros(4, 2, 8, dtype=torch.int32)}, "x is bfloat16"),
         ({"cos": torch.zeros(4, 4, dtype=torch.bfloat16)}, "cos is torch.float32"),
         ({"sin": torch.zeros(4, 3)}, "cos and sin"),

@@ -37,7 +37,7 @@ def documents_of(lengths: tuple[int, ...] | None, rows: int, length: int) -> tup
 @remembered
 def longest_of(lengths: tuple[int, ...]) -> tuple[int, bool]:
     """The longest document's tokens, 0 without any, and whether another is shorter."""
-    longest = max(lengths, default=0)
+    longest = max(lengths) if lengths else 0
     return longest, any(length != longest for length in lengths)
 
 

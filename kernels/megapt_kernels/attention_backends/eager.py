@@ -16,7 +16,9 @@ from megapt_kernels.blockwise import (
     attend_backward,
     attend_in_window,
     attend_in_window_backward,
+    undefined_as_nan,
 )
+from megapt_kernels.registry import without_autocast
 
 if TYPE_CHECKING:
     from megapt_kernels.attention_dispatch import AttentionSpec
@@ -30,7 +32,7 @@ def supports_flash(case: Case) -> str | None:
 
 
 def supports_blockwise(case: Case) -> str | None:
-    if case.machine.device not in ("cpu", "cuda"):
+    if case.machine.device not in ("cpu", "cuda", "meta"):
         return f"runs on CPUs and CUDA devices, not on {case.machine.device}"
     return None
 
@@ -68,7 +70,8 @@ def _forward(
     scores = Scores(causal, window, scale, softcap)
     out, sums = torch.empty(q.shape, dtype=q.dtype, device=q.device), []
     for run in runs(tuple(lengths)):
-        y, lse = _attend(scores, flash, run.of(q), run.of(k), run.of(v))
+        with without_autocast():
+            y, lse = _attend(scores, flash, run.of(q), run.of(k), run.of(v))
         run.of(out).copy_(y)
         sums.append(lse.flatten())
     return out, torch.cat(sums) if sums else _sums(q)
@@ -105,7 +108,8 @@ def _backward(
         size = run.count * run.length * q.shape[1]
         lse = sums[done : done + size]
         done += size
-        gradients = _attend_backward(scores, flash, lse, *(run.of(t) for t in (dy, q, k, v, out)))
+        with without_autocast():
+            gradients = _attend_backward(scores, flash, lse, *(run.of(t) for t in (dy, q, k, v, out)))
         for whole, part in zip(made, gradients, strict=True):
             run.of(whole).copy_(part)
     dq, dk, dv = made
@@ -138,7 +142,7 @@ def _attend(scores: Scores, flash: bool, q: Tensor, k: Tensor, v: Tensor) -> tup
         return attend_in_window(q, k, v, scores)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     y, lse = kernel(q, k, v, 0.0, scores.causal, scale=scores.scale)
-    return y, lse
+    return undefined_as_nan(y, lse, q, k)
 
 
 def _attend_backward(

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--append", action="store_true", help="the file of --out may exist")
     add("--compare", type=Path, metavar="OLD", help="exit with 1 if a row is slower than in that file of rows")
     add("--tolerance", type=_fraction, default=0.05, metavar="5%", help="of --compare; default: 5%%")
-    add("--plot", type=Path, metavar="PNG", help="draw the share of the limit that each implementation reaches")
+    add("--plot", type=_picture, metavar="PNG", help="draw the share of the limit that each implementation reaches")
     add("--seed", type=int, default=0, help="of the random inputs; default: %(default)s")
     return made
 
@@ -138,9 +138,15 @@ def _positive(text: str) -> int:
     return value
 
 
+def _picture(text: str) -> Path:
+    if not text.endswith((".png", ".pdf", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text} ends in none of .png, .pdf and .svg")
+    return Path(text)
+
+
 def _seconds(text: str) -> float:
     value = float(text)
-    if value <= 0:
+    if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value
 

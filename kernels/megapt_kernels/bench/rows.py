@@ -94,9 +94,16 @@ class Writer:
 
 def read(path: Path) -> list[Row]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no JSON
         raise Refused(f"{path} holds no rows of this benchmark: {error}") from None
+    if not rows:
+        raise Refused(f"{path} holds no rows of this benchmark: it is empty")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or (absent := [c for c in COLUMNS if c not in row]):
+            lack = f"lacks {', '.join(absent[:3])}" if isinstance(row, dict) else f"is a {type(row).__name__}"
+            raise Refused(f"{path} holds no rows of this benchmark: line {number} {lack}")
+    return rows
 
 
 def check_comparable(old: Iterable[Row], device: Row) -> None:
