@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from megapt.zero.accumulate import fuses_products
 from megapt_kernels.adamw import AdamWShard
 from megapt_kernels.attention_dispatch import AttentionSpec
 from megapt_kernels.library import LibraryError
-from megapt_kernels.registry import Explanation, Unsupported, operation
+from megapt_kernels.registry import ENVIRONMENT, Explanation, Unsupported, operation
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _TOKENS = 8  # of the tensors that implementations are asked about: their widths matter, not how many rows they have
@@ -44,9 +45,12 @@ def _ask(config: Config, key: str, name: str, positional: tuple[Any, ...], keywo
         raise UserError(f"kernels.{key}: {error}") from error
     if answer.chosen is None:
         reasons = [f"{who}: {why}" for who, why in answer.rejected if "was asked for" not in why]
+        remedy = f"kernels.{key}=auto takes what is"
+        if kind == "auto":
+            remedy = f"{ENVIRONMENT}={os.environ.get(ENVIRONMENT)} is set: without it, auto takes what is"
         raise UserError(
             f"kernels.{key} = {kind} computes {name} by nothing that is here in {config.precision}: "
-            f"{'; '.join(reasons) or 'there is no such implementation'}. kernels.{key}=auto takes what is"
+            f"{'; '.join(reasons) or 'there is no such implementation'}. {remedy}"
         )
     return answer.chosen.name
 

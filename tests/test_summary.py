@@ -13,6 +13,9 @@ from megapt.kernel_choice import check_kernels
 from megapt.mesh import Axis, ParallelMesh
 from megapt.plan.memory import stage_memory
 from megapt.summary import _recompute, kernels, layout_text, print_summary
+from megapt_kernels import library
+from megapt_kernels.library import LibraryError
+from megapt_kernels.registry import use
 from tests.distributed.layouts import GPT2, LLAMA, tree
 
 
@@ -36,12 +39,41 @@ def test_kernels_that_are_named() -> None:
     assert "weight gradients added by their product: reference" in text
 
 
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where none is loaded, whatever ran in this process before."""
+    monkeypatch.setattr(library, "loaded", lambda: None)
+    monkeypatch.setattr(library, "missing", lambda device: f"CUDA kernels run on CUDA devices, not on {device}")
+
+
+@pytest.mark.usefixtures("no_library")
 def test_what_is_not_here_is_refused_with_the_reason() -> None:
     config = from_tree(tree(LLAMA, precision="fp32") | {"kernels": {"norm": "cuda"}}).config
     with pytest.raises(UserError, match=r"kernels\.norm = cuda .* not on cpu.*kernels\.norm=auto"):
         check_kernels(config, torch.device("cpu"))
     config = from_tree(tree(LLAMA, precision="fp32") | {"kernels": {"attention": "flash-attn 9"}}).config
     with pytest.raises(UserError, match=r"kernels\.attention: attention: impl is one of .*not 'flash-attn 9'"):
+        check_kernels(config, torch.device("cpu"))
+
+
+def test_words_for_kernels() -> None:
+    assert from_tree(tree(LLAMA) | {"kernels": {"wgrad": False}}).config.kernels.wgrad == "off"  # as YAML reads `off`
+    with pytest.raises(UserError, match="should be auto or reference for all operations"):
+        from_tree(tree(LLAMA) | {"kernels": "cuda"})
+
+
+@pytest.mark.usefixtures("no_library")
+def test_kernels_by_a_wrong_environment_or_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_tree(tree(LLAMA, precision="fp32")).config
+    monkeypatch.setenv("MEGAPT_KERNELS", "cuda")
+    with use("cuda"), pytest.raises(UserError, match="MEGAPT_KERNELS=cuda is set: without it"):
+        check_kernels(config, torch.device("cpu"))
+
+    def missing(device: torch.device) -> str | None:
+        raise LibraryError("MEGAPT_KERNELS_LIBRARY: gone.so: No such file or directory")
+
+    monkeypatch.setattr(library, "missing", missing)
+    with pytest.raises(UserError, match="kernels.norm: MEGAPT_KERNELS_LIBRARY: gone.so"):
         check_kernels(config, torch.device("cpu"))
 
 

@@ -131,7 +131,7 @@ public:
 
     // code: what a launcher returned, 0 for success.
     void check_launch(int code) const {
-        if (code != 0) fail("the launch failed: ", megapt_launch_error(code));
+        if (code != 0) fail("the launch failed, or a kernel before it: ", megapt_launch_error(code));
     }
 
 private:

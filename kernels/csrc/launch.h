@@ -12,9 +12,11 @@ inline int multiprocessors() {
 #else
     static int counts[64] = {};  // by device; two threads at once would write the same number
     int device = 0, count = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 1;
-    if (device < 64 && counts[device] > 0) return counts[device];
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+    if (cudaGetDevice(&device) == cudaSuccess && device < 64 && counts[device] > 0) return counts[device];
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+        cudaGetLastError();  // the launch that follows will say what is wrong
+        return 1;
+    }
     if (device < 64) counts[device] = count;
     return count;
 #endif

@@ -12,6 +12,7 @@ import mmap
 import os
 import platform
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -58,6 +59,7 @@ class Library:
 
 
 _loaded: Library | None = None
+_loading = threading.RLock()
 _waiting: list[Callable[[], None]] = []
 _reasons: dict[tuple[str, int | None], str | None] = {}
 
@@ -160,6 +162,11 @@ def _ask(device: str, index: int | None) -> str | None:
 
 
 def _load(kind: str, path: str | Path | None) -> Library:
+    with _loading:
+        return _load_once(kind, path)
+
+
+def _load_once(kind: str, path: str | Path | None) -> Library:
     global _loaded
     if _loaded is not None:
         if _loaded.kind != kind or (path is not None and Path(path).resolve() != _loaded.path.resolve()):
@@ -173,10 +180,10 @@ def _load(kind: str, path: str | Path | None) -> Library:
         torch.ops.load_library(str(library.path))
     except OSError as error:
         raise LibraryError(f"{library.path} does not load into torch {torch.__version__}: {error}; {_HOW}") from None
-    _loaded = library
-    _reasons.clear()
     while _waiting:
         _waiting.pop(0)()
+    _loaded = library  # last: another thread may use the operators from here on
+    _reasons.clear()
     return library
 
 

@@ -99,7 +99,7 @@ class Operation:
             if wanted == "auto" and candidate.kind == "cuda" and _emulated():
                 rejected.append((candidate.name, "under the emulator it runs only where impl='cuda' asks for it"))
                 continue
-            if not candidate.only_operators and _without_data(arguments):
+            if not candidate.only_operators and without_data(arguments):
                 rejected.append((candidate.name, "these tensors have no data, and it launches kernels itself"))
                 continue
             reason = candidate.supports(*arguments, **keywords)
@@ -134,7 +134,8 @@ class Operation:
         return impl
 
 
-def _without_data(arguments: Sequence[Any]) -> bool:
+def without_data(arguments: Sequence[Any]) -> bool:
+    """Whether some tensor has none, being on `meta` or fake: what it holds cannot be asked."""
     from torch import Tensor
     from torch._subclasses.fake_tensor import FakeTensor
 

@@ -37,11 +37,12 @@ PresetName = Annotated[
 def _errors() -> Iterator[None]:
     """What the kernels refuse, as messages."""
     from megapt_kernels.build import BuildError
+    from megapt_kernels.library import LibraryError
     from megapt_kernels.registry import Unsupported
 
     try:
         yield
-    except (BuildError, Unsupported) as error:
+    except (BuildError, LibraryError, Unsupported) as error:
         raise UserError(str(error)) from None
 
 

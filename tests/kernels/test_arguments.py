@@ -206,7 +206,12 @@ def test_orders_that_permute_does_not_make() -> None:
             moe_unpermute(rows, torch.tensor(order), weights, impl="reference")
 
 
-def test_attention_without_data() -> None:
+def test_tensors_without_data() -> None:
+    x, ids = torch.empty(6, 8, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
+    rows, order, _ = moe_permute(x, ids.view(6, 1), 4)
+    assert moe_unpermute(rows, order, torch.empty(6, 1, device="meta")).shape == x.shape
+    table = torch.empty(9, 4, device="meta")
+    assert rope_(x.view(6, 1, 8), table, table, ids).shape == (6, 1, 8)
     q = torch.empty(1, 6, 2, 8, device="meta", requires_grad=True)
     y = attention(q, q, q)
     y.sum().backward()
@@ -216,6 +221,7 @@ def test_attention_without_data() -> None:
 def test_compiles_whole_at_any_length() -> None:
     for name, call in {
         "attention": lambda t: attention(t, t, t),
+        "windows": lambda t: attention(t, t, t, AttentionSpec(window=3, softcap=2.0)),
         "wgrad": lambda t: wgrad_accumulate_(torch.zeros(8, 8), t[0, :, 0], t[0, :, 1]),
     }.items():
         compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")

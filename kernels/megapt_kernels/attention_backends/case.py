@@ -105,7 +105,8 @@ def case_of(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Case:
         width=q.shape[3],
         grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         causal=spec.causal,
-        windowed=spec.window is not None and spec.window < longest,
+        # A compiler that traces any length compares symbols: the case wants one answer, which it then guards.
+        windowed=True if spec.window is not None and spec.window < longest else False,
         softcap=spec.softcap is not None,
         repeatable=spec.deterministic,
         strict=torch.are_deterministic_algorithms_enabled(),
