@@ -19,7 +19,7 @@ from torch import Tensor
 from megapt_kernels import library
 from megapt_kernels.arguments import check_numbers, check_tensors
 from megapt_kernels.blocks import row_blocks
-from megapt_kernels.registry import Implementation, Operation, Unsupported
+from megapt_kernels.registry import Implementation, Operation, Unsupported, without_data
 
 _WEIGHTS = (torch.bfloat16, torch.float16)
 
@@ -128,7 +128,7 @@ def _check_step(
             _check_flat(f"shards[{number}].weights", shard.weights, shard.master.shape, device, _WEIGHTS)
         factors = {"weight_decay": shard.weight_decay, "lr_factor": shard.lr_factor}
         check_numbers("adamw_step_", **{f"shards[{number}].{name}": value for name, value in factors.items()})
-    if not (torch.compiler.is_compiling() or device.type == "meta"):
+    if not (torch.compiler.is_compiling() or without_data([shard.master for shard in shards])):
         _check_apart(shards)
 
 
@@ -175,7 +175,8 @@ def _check_norm(tensors: Sequence[Tensor], *, device: torch.device | None = None
     if device is not None and not isinstance(device, torch.device):
         raise Unsupported(f"squared_norm: device is a torch.device, not {type(device).__name__}")
     for number, t in enumerate(tensors):
-        expected = tensors[0].device if device is None else device
+        # A device may be given without an index: it is whichever of its type the tensors are on.
+        expected = tensors[0].device if device is None or device.type == t.device.type else device
         dtypes = (tensors[0].dtype,) if number else (torch.float32, torch.float64)
         _check_flat(f"tensors[{number}]", t, torch.Size([t.numel()]), expected, dtypes, "squared_norm")
 
@@ -220,7 +221,7 @@ def _reference_norm(tensors: Sequence[Tensor], *, device: torch.device | None = 
     total = _zero(tensors, device)
     for t in tensors:
         for (block,) in row_blocks(t):
-            total += block.double().square_().sum()
+            total += block.double().square().sum()  # of fp64, double() is the gradient itself
     return total
 
 

@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from megapt_kernels.glu import geglu, swiglu
 from torch import Tensor, nn
 
 from megapt.batch import MicroBatch
@@ -33,6 +32,7 @@ from megapt.parallel.tensor import (
 )
 from megapt.parameters import Parameter
 from megapt_kernels.blockwise import Scores
+from megapt_kernels.glu import geglu, swiglu
 
 
 class Attention(nn.Module):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megapt_kernels.norms import layer_norm, rms_norm
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -16,6 +15,7 @@ from megapt.model.compiled import chain
 from megapt.model.kernels import AUTO, Kernels
 from megapt.parallel.tensor import ParameterFactory, TensorParallel
 from megapt_kernels.blocks import row_blocks
+from megapt_kernels.norms import layer_norm, rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -320,3 +320,11 @@ def test_planted_bugs_are_found(tmp_path: Path, device: str) -> None:
         s.grad[-4101:] = 1.0
         stepped(library, s)
         assert bool((s.master[-4101:] < 0).all()) == reached
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("impl", ["reference", "library"])
+def test_the_norm_leaves_gradients_as_they_are(dtype: torch.dtype, impl: str) -> None:
+    gradient = torch.tensor([2.0, 3.0], dtype=dtype)
+    assert float(squared_norm([gradient], device=torch.device("cpu"), impl=impl)) == pytest.approx(13)
+    assert gradient.tolist() == [2.0, 3.0]

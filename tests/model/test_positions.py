@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from megapt_kernels.rope import rope_
 from torch import Tensor
 
 from megapt.config import ModelConfig, from_tree
 from megapt.errors import UserError
 from megapt.model.positions import Rotary, rotary_table
+from megapt_kernels.rope import rope_
 from tests.model.accuracy import assert_accurate, distance, random
 
 SCALINGS: dict[str, dict[str, Any] | None] = {
