@@ -25,16 +25,16 @@ _TOKENS = 8  # of the tensors that implementations are asked about: their widths
 
 def check_kernels(config: Config, device: torch.device) -> None:
     """UserError where this machine has not what `kernels` names, with what is missing."""
-    for name, _, _ in _asked(config, device):
-        chosen(config, device, name)
+    for key, name, arguments in _asked(config, device):
+        _ask(config, key, name, *arguments())
 
 
-def chosen(config: Config, device: torch.device, name: str) -> str:
+def chosen(config: Config, device: torch.device, wanted: str) -> str:
     """What computes the operation of a key of `kernels`, in words."""
-    for key, operations, arguments in _asked(config, device):
-        if key == name:
-            return ", ".join(dict.fromkeys(_ask(config, key, one, *arguments()) for one in operations))
-    raise KeyError(name)
+    for key, name, arguments in _asked(config, device):
+        if key == wanted:
+            return _ask(config, key, name, *arguments())
+    raise KeyError(wanted)
 
 
 def _ask(config: Config, key: str, name: str, positional: tuple[Any, ...], keywords: dict[str, Any]) -> str:
@@ -57,8 +57,8 @@ def _ask(config: Config, key: str, name: str, positional: tuple[Any, ...], keywo
 
 def _asked(
     config: Config, device: torch.device
-) -> Iterator[tuple[str, tuple[str, ...], Callable[[], Arguments]]]:
-    """Of every key in use: its operations, and arguments as the run will have them."""
+) -> Iterator[tuple[str, str, Callable[[], Arguments]]]:
+    """Of every key in use: its operation, and arguments as the run will have them."""
     model, tensor = config.model, config.parallel.tensor
     kernels, dtype = Kernels.of(config), DTYPES[config.precision]
     wide = torch.promote_types(dtype, torch.float32)
@@ -73,22 +73,22 @@ def _asked(
         return (x, weight, model.norm_eps, x), {"offset": float(model.norm_offset)}
 
     if kernels.norm != "compiled":
-        yield "norm", (model.norm,), norm
+        yield "norm", model.norm, norm
     if model.gated and kernels.glu != "compiled":
         glu = "swiglu" if model.activation == "silu" else "geglu"
-        yield "glu", (glu,), lambda: ((empty(_TOKENS, 2 * model.ffn // tensor),), {})
+        yield "glu", glu, lambda: ((empty(_TOKENS, 2 * model.ffn // tensor),), {})
     heads, kv_heads = model.heads // tensor, max(1, model.num_kv_heads // tensor)
     if model.position == "rope" and kernels.rope != "compiled":
         table = empty(_TOKENS, model.rotary_width // 2, dtype=wide)
         qkv = empty(_TOKENS, heads + 2 * kv_heads, model.head_width)
-        yield "rope", ("rope_",), lambda: ((qkv, table, table), {"heads": heads + kv_heads})
-    yield "attention", ("attention",), lambda: (_attention(config, heads, kv_heads, empty), {})
-    yield "cross_entropy", ("linear_cross_entropy",), lambda: _loss(config, empty)
+        yield "rope", "rope_", lambda: ((qkv, table, table), {"heads": heads + kv_heads})
+    yield "attention", "attention", lambda: (_attention(config, heads, kv_heads, empty), {})
+    yield "cross_entropy", "linear_cross_entropy", lambda: _loss(config, empty)
     if config.zero.backend == "native":
-        yield "adamw", ("adamw_step_",), lambda: _adamw(empty, dtype, wide)
+        yield "adamw", "adamw_step_", lambda: _adamw(empty, dtype, wide)
         if fuses_products(config.kernels.wgrad, dtype, device):
             x = empty(_TOKENS, _TOKENS)
-            yield "wgrad", ("wgrad_accumulate_",), lambda: ((empty(_TOKENS, _TOKENS, dtype=wide), x, x), {})
+            yield "wgrad", "wgrad_accumulate_", lambda: ((empty(_TOKENS, _TOKENS, dtype=wide), x, x), {})
 
 
 def _loss(config: Config, empty: Callable[..., torch.Tensor]) -> Arguments:

@@ -161,7 +161,7 @@ def _library(distribution: str, module: str, function: str | None) -> Library:
     return Library(version, None, options)
 
 
-@torch.compiler.assume_constant_result
+@constant
 @remembered
 def flash_attn_3_module() -> str:
     """Where FlashAttention-3 keeps its functions: inside of a package in newer builds."""

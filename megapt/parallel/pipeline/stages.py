@@ -65,16 +65,6 @@ def _flops_per_token(model: ModelConfig, sequence: int) -> tuple[float, float]:
     return 2.0 * layer + attention, 2.0 * model.vocabulary * model.hidden
 
 
-def stage_parameters(model: ModelConfig, layers: range, first: bool, last: bool) -> list[str]:
-    """Global names of what a virtual stage holds, tied copies included, from the table."""
-    ends = {"first": first, "last": last}
-    return [
-        spec.name
-        for spec in parameter_table(model).values()
-        if (ends[spec.end] if spec.end is not None else spec.layer in layers)
-    ]
-
-
 def build_chunks(
     config: Config,
     mesh: ParallelMesh,
